@@ -1,0 +1,174 @@
+"""The contract between the daemon, the engine process and an executor.
+
+An executor is one light module: a typed spec and a class with `load` and `run`. It computes and nothing else: it does
+not touch Redis, does not upload, and never imports a heavy library at module level, because the daemon imports the
+module to validate specs and to ask for the engine key.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Generic, Literal, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from executors.errors import Reason
+from executors.task_spec import TaskSpec
+
+JsonObject = dict[str, JsonValue]
+"""A JSON object as it stands in `responses.json`."""
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+SpecT = TypeVar("SpecT", bound=TaskSpec)
+
+
+class Failure(BaseModel):
+    """Why a task (or one merged child) failed, for people and for programs.
+
+    Attributes:
+        reason: one word of `executors.errors.Reason`.
+        message: names the thing, the value and what was expected.
+        hint: the next step; may be empty.
+        retryable: whether the same task may succeed when it is tried again, here or elsewhere.
+        log_tail: the last lines the engine printed, oldest first.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    reason: Reason
+    message: str
+    hint: str = ""
+    retryable: bool = False
+    log_tail: tuple[str, ...] = ()
+
+
+class EnginePolicy(BaseModel):
+    """What the operator allows; the daemon sends it to each engine process once, at its start.
+
+    Attributes:
+        allowed_roots: absolute folders from which a task may read models and data files.
+        allow_remote_code: whether `trust_remote_code` in a spec is honoured.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    allowed_roots: tuple[Path, ...] = ()
+    allow_remote_code: bool = False
+
+
+class RunReport(Protocol):
+    """How a running task talks to the daemon. Calls are cheap, thread-safe and never raise, but for the last."""
+
+    def progress(
+        self,
+        done: float,
+        total: float | None = None,
+        *,
+        unit: str = "items",
+        message: str = "",
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Tell how far the task is; shown as TASK_PROGRESS and in the hash `task:<id>`."""
+        ...
+
+    def log(self, level: LogLevel, message: str) -> None:
+        """Write one line to the task's log."""
+        ...
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the daemon has asked this task to stop."""
+        ...
+
+    def raise_if_cancelled(self) -> None:
+        """Raise `TaskCancelledError` once the daemon has asked this task to stop; call it between steps."""
+        ...
+
+
+@dataclass(frozen=True)
+class MergedChild(Generic[SpecT]):
+    """A task that the orchestrator merged into this one (WIRE 3): same model, own data and system prompt."""
+
+    task_id: str
+    spec: SpecT
+    out_dir: Path
+
+
+@dataclass(frozen=True)
+class ExecutorTask(Generic[SpecT]):
+    """Everything one run gets.
+
+    Attributes:
+        task_id: the task's id, already safe as a path component.
+        spec: the validated spec.
+        children: merged children whose specs are valid; their results go into `TaskOutput.children`.
+        out_dir: absolute, existing folder of this task; big files go into it, `artifacts/` inside exists.
+        policy: what the operator allows.
+        report: progress, log, cancel.
+    """
+
+    task_id: str
+    spec: SpecT
+    children: tuple[MergedChild[SpecT], ...]
+    out_dir: Path
+    policy: EnginePolicy
+    report: RunReport
+
+
+class ChildOutput(BaseModel):
+    """One merged child's own result, or why it has none. Exactly one of the two is set."""
+
+    result: JsonObject | None = None
+    failure: Failure | None = None
+
+
+class TaskOutput(BaseModel):
+    """What a run returns.
+
+    Attributes:
+        result: the keys of WIRE 5.2 for this type, without `task_id`, `timings` and `warnings`: the daemon adds these.
+        children: child task id to its output.
+        warnings: sentences for the person who sent the task.
+    """
+
+    result: JsonObject
+    children: dict[str, ChildOutput] = Field(default_factory=dict)
+    warnings: list[str] = Field(default_factory=list)
+
+
+class Executor(ABC, Generic[SpecT]):
+    """One kind of task. An engine process makes one instance, loads it once and runs many tasks with it, one at a time.
+
+    The constructor takes no arguments and does nothing heavy.
+    """
+
+    spec_type: ClassVar[type[TaskSpec]]
+    """The pydantic model of this kind's spec. The daemon validates with it before anything heavy loads."""
+
+    @classmethod
+    def engine_key(cls, spec: SpecT) -> str:
+        """Name what `load` would load for this spec.
+
+        Tasks with equal keys share one warm engine; a different key gets a new process. The default suits executors
+        that load nothing.
+        """
+        del spec
+        return cls.__name__
+
+    def load(self, task: ExecutorTask[SpecT]) -> None:
+        """Load what `engine_key` names. Runs once in an engine's life, before the first `run`.
+
+        Raises:
+            ExecutorError: with a text for the sender; the engine process then ends.
+        """
+
+    @abstractmethod
+    def run(self, task: ExecutorTask[SpecT]) -> TaskOutput:
+        """Run one task.
+
+        Raises:
+            ExecutorError: with a text for the sender; the engine stays warm.
+        """
