@@ -1,0 +1,92 @@
+"""The only place that makes Redis connections, and the only one that knows what a lost server looks like."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import redis.asyncio as aioredis
+from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    InvalidResponse,
+    NoPermissionError,
+    ReadOnlyError,
+    ResponseError,
+)
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
+)
+from redis.exceptions import (
+    TimeoutError as RedisTimeoutError,
+)
+
+from orchestrator_client.errors import BrokerRefusedError
+
+DISCONNECTED = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, InvalidResponse, OSError, asyncio.TimeoutError)
+"""Everything that means "no usable server now, try again": redis-py's two network errors have no common base, and a
+server that was demoted to replica answers with ReadOnlyError."""
+
+_CONNECT_TIMEOUT_SEC = 5.0
+_COMMAND_TIMEOUT_SEC = 10.0
+_IDLE_CHECK_SEC = 15
+_FIRST_PAUSE_SEC = 0.1
+_LONGEST_PAUSE_SEC = 5.0
+
+
+def _pool(url: str, *, connections: int) -> ConnectionPool:
+    # No retry inside redis-py: what to do after a lost connection differs from caller to caller, and its retry would
+    # hide that messages were missed.
+    return ConnectionPool.from_url(
+        url,
+        max_connections=connections,
+        protocol=2,
+        socket_connect_timeout=_CONNECT_TIMEOUT_SEC,
+        socket_timeout=_COMMAND_TIMEOUT_SEC,
+        socket_keepalive=True,
+        health_check_interval=_IDLE_CHECK_SEC,
+        retry=Retry(NoBackoff(), 0),
+    )
+
+
+def command_client(url: str) -> aioredis.Redis:
+    """A client for commands. Connects at the first use; raises `DISCONNECTED` errors instead of retrying."""
+    return aioredis.Redis(connection_pool=_pool(url, connections=8))
+
+
+def subscriber_connection(url: str) -> AbstractConnection:
+    """One bare connection for a subscriber, not yet connected; nothing reconnects it behind the caller's back."""
+    connection: AbstractConnection = _pool(url, connections=1).make_connection()  # type: ignore[no-untyped-call]
+    return connection
+
+
+def redacted(url: str) -> str:
+    """The address without credentials, for logs."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def pauses() -> Iterator[float]:
+    """Seconds to wait between attempts to reconnect: doubling to 5 s, with jitter, for ever."""
+    pause = _FIRST_PAUSE_SEC
+    while True:
+        yield pause * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not secrecy
+        pause = min(pause * 2, _LONGEST_PAUSE_SEC)
+
+
+async def check_access(client: aioredis.Redis, url: str) -> None:
+    """Make one round trip.
+
+    Raises:
+        BrokerRefusedError: the server refused the credentials or the database.
+        DISCONNECTED: there is no server, or it does not answer.
+    """
+    try:
+        await client.ping()
+    except (AuthenticationError, AuthorizationError, NoPermissionError, ResponseError) as error:
+        raise BrokerRefusedError(f"the broker at {redacted(url)} refused the connection: {error}") from error

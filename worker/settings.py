@@ -1,0 +1,302 @@
+"""All settings: read from the environment once, checked, frozen. The only file that reads the environment."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from orchestrator_client.connection import redacted
+from orchestrator_client.messages import WORKER_ID_PATTERN
+
+_FALSE_WORDS = frozenset({"0", "false", "no", "off"})
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_LATER = "Checked now, takes effect with HTTP delivery."
+
+
+class SettingsError(Exception):
+    """A setting is missing or wrong; the text is one line for the operator."""
+
+
+def _switch(value: object) -> object:
+    # The reference system's rule (WIRE 7): everything but these words is on.
+    return value.strip().lower() not in _FALSE_WORDS if isinstance(value, str) else value
+
+
+def _words(value: object) -> object:
+    return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+
+
+def _folders(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return tuple(Path(part).expanduser().resolve() for part in value.split(os.pathsep) if part.strip())
+
+
+def _absolute(value: object) -> object:
+    return Path(value).expanduser().resolve() if isinstance(value, str | Path) else value
+
+
+def _compression(value: object) -> object:
+    # The contract says: clamp, and take the default when the value is no number (WIRE 7).
+    try:
+        return min(max(int(str(value)), 0), 9)
+    except ValueError:
+        return 6
+
+
+def _log_level(value: object) -> object:
+    name = str(value).strip().upper()
+    return name if name in _LOG_LEVELS else "INFO"
+
+
+Switch = Annotated[bool, BeforeValidator(_switch)]
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
+Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_folders)]
+Folder = Annotated[Path, BeforeValidator(_absolute)]
+
+
+class Settings(BaseSettings):
+    """Each field is one environment variable of the same name in capitals; an empty value counts as unset."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True, hide_input_in_errors=False)
+
+    redis_url: SecretStr = Field(
+        description="The broker: redis://, rediss:// or unix:// URL. No broker yet? `make demo KEEP=1` runs one."
+    )
+    worker_id: str = Field(
+        default="",
+        description="This worker's name in Redis: letters, digits, dot, dash, underscore. Unset: 16 random hex digits.",
+    )
+    worker_tags: Words = Field(default=(), description="Comma-separated tags, published with the registration.")
+    task_topic: str = Field(
+        default="tasks", min_length=1, description="Channel to take tasks from; existing orchestrators use `tasks`."
+    )
+    results_dir: Folder = Field(
+        default=Path("results_workers"),
+        validate_default=True,
+        description="Folder for results, one subfolder a task; the journal lies in its `.worker` subfolder.",
+    )
+    heartbeat_interval_sec: int = Field(
+        default=30,
+        ge=1,
+        description="Seconds between heartbeats. The worker counts as dead after max(4 x this, 120) s.",
+    )
+    worker_cost_per_hour: float = Field(
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Price of this host per hour; orchestrators rank workers by it.",
+    )
+    worker_network_bandwidth_bytes_per_sec: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description=f"Cap on everything sent over HTTP, bytes per second. {_LATER}",
+    )
+
+    worker_executor_mask: Words = Field(
+        default=(), description="Comma-separated task types to accept; empty means all that are installed."
+    )
+    worker_allow_remote_code: Switch = Field(
+        default=False,
+        description="Whether a task may set `trust_remote_code`, which runs Python code of a model's author.",
+    )
+    worker_allowed_roots: Folders = Field(
+        default=(),
+        description="Folders (separated by `:`) from which tasks may read local models and data, "
+        "beside RESULTS_DIR and the Hugging Face cache.",
+    )
+    worker_max_envelope_bytes: int = Field(
+        default=32 * 1024**2, ge=1024, description="Largest task message that is accepted, bytes."
+    )
+
+    worker_task_timeout_sec: float = Field(
+        default=86400.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Wall-clock limit of a task that sets no `timeoutSec`; 0 is none.",
+    )
+    worker_no_progress_timeout_sec: float = Field(
+        default=1800.0, ge=0, allow_inf_nan=False,
+        description="A task that says and prints nothing for this long is stopped; 0 is never.",
+    )  # fmt: skip
+    worker_cancel_grace_sec: float = Field(
+        default=10.0, ge=0, allow_inf_nan=False,
+        description="How long a task that is asked to stop may take before its engine process is ended.",
+    )  # fmt: skip
+    executor_idle_ttl_sec: float = Field(
+        default=900.0, ge=0, allow_inf_nan=False,
+        description="An engine without a task for this long is ended; 0 is never.",
+    )  # fmt: skip
+    shutdown_grace_sec: float = Field(
+        default=30.0, ge=0, allow_inf_nan=False,
+        description="After SIGTERM, how long the running task may take to finish before it is stopped and reported failed.",
+    )  # fmt: skip
+    task_min_turnaround_ms: int = Field(
+        default=200, ge=0,
+        description="Least time between the receipt of a task and its final event. The orchestrator marks a task as "
+        "dispatched after publishing it, and would overwrite an earlier end. The next task does not wait for it.",
+    )  # fmt: skip
+
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_log_level)] = Field(
+        default="INFO", description="Least level that is logged; an unknown word counts as INFO."
+    )
+    log_format: Literal["auto", "pretty", "json"] = Field(
+        default="auto", description="Form of the lines on stdout; auto is pretty on a terminal and JSON otherwise."
+    )
+    worker_log_file: Folder = Field(
+        default=Path("worker.log"), validate_default=True,
+        description="Log file in JSON, 5 files of 5 MiB; a new one is begun at each start.",
+    )  # fmt: skip
+    worker_log_to_stdout: Switch = Field(default=True, description="Off: log to the file only.")
+
+    vllm_model: str | None = Field(default=None, description="Model for inference tasks that name none, on GPU hosts.")
+    hf_model: str | None = Field(default=None, description="Model for inference tasks that name none, without a GPU.")
+    hf_home: Folder | None = Field(default=None, description="Hugging Face cache; default ~/.cache/huggingface.")
+    cuda_visible_devices: str | None = Field(
+        default=None, description="GPUs of this worker: indexes, UUIDs or MIG names. Only these are reported and used."
+    )
+
+    orchestrator_base_url: str = Field(default="", description=f"Where the orchestrator's HTTP interface is. {_LATER}")
+    orchestrator_token: SecretStr | None = Field(default=None, description=f"Bearer token for that interface. {_LATER}")
+    results_upload_url: str = Field(
+        default="", description=f"Replaces the destination URL that tasks give for their results. {_LATER}"
+    )
+    model_archive_use_pigz: Switch = Field(default=True, description=f"Compress model archives with pigz. {_LATER}")
+    model_archive_compression_level: Annotated[int, BeforeValidator(_compression)] = Field(
+        default=6, description=f"0 to 9; clamped, 6 when it is no number. {_LATER}"
+    )
+    model_archive_pigz_threads: int | None = Field(default=None, ge=1, description=f"Default: all processors. {_LATER}")
+    model_archive_pigz_bin: str = Field(default="pigz", description=f"The pigz program. {_LATER}")
+    model_archive_tar_bin: str = Field(default="tar", description=f"The tar program. {_LATER}")
+    model_cleanup_after_upload: Switch = Field(
+        default=False, description=f"Delete local model folders once they are uploaded. {_LATER}"
+    )
+    enable_elastic_scaling: Switch = Field(
+        default=True,
+        description="Read by orchestrators, not by the worker; accepted here so that one file serves both.",
+    )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _url_scheme(cls, value: SecretStr) -> SecretStr:
+        parts = urlsplit(value.get_secret_value().strip())
+        if parts.scheme not in {"redis", "rediss", "unix"} or not (parts.hostname or parts.path):
+            raise ValueError("expected redis://HOST:PORT/DB, rediss://… or unix:///PATH")
+        parts.port  # noqa: B018 - raises ValueError for a port that is no number
+        return SecretStr(value.get_secret_value().strip())
+
+    @field_validator("worker_id")
+    @classmethod
+    def _id_charset(cls, value: str) -> str:
+        value = value.strip()
+        if value and not WORKER_ID_PATTERN.match(value):
+            raise ValueError("expected letters, digits, '.', '-' and '_', at most 128, starting with a letter or digit")
+        return value
+
+    @property
+    def state_root(self) -> Path:
+        """Folder that holds one subfolder of durable state for each worker id."""
+        return self.results_dir / ".worker"
+
+    @property
+    def model_cache(self) -> Path:
+        """Where Hugging Face libraries keep what they download."""
+        return self.hf_home or Path("~/.cache/huggingface").expanduser()
+
+    @property
+    def readable_roots(self) -> tuple[Path, ...]:
+        """Folders from which tasks may read; relative paths in specs count from the first."""
+        return (self.results_dir, *self.worker_allowed_roots, self.model_cache)
+
+
+def random_worker_id() -> str:
+    """16 random hex digits (WIRE 7)."""
+    return secrets.token_hex(8)
+
+
+def variable(field_name: str) -> str:
+    """The environment variable behind a field."""
+    return field_name.upper()
+
+
+def read_settings() -> Settings:
+    """Read the environment.
+
+    Raises:
+        SettingsError: a variable is missing or wrong; the text names it, its value and what is allowed.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        name = str(problem["loc"][0])
+        if problem["type"] == "missing":
+            raise SettingsError(
+                f"{variable(name)} is not set: expected the broker's URL, for instance redis://127.0.0.1:6379/0 "
+                "(no broker yet? `make demo KEEP=1` runs one and prints its address)"
+            ) from error
+        value = os.environ.get(variable(name), str(problem["input"]))
+        shown = repr(redacted(value) if name == "redis_url" else "(hidden)" if name in _SECRETS else value)
+        wanted = problem["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"{variable(name)}={shown} is not valid: {wanted[:1].lower()}{wanted[1:]}") from error
+
+
+_SECRETS = frozenset(
+    name for name, info in Settings.model_fields.items() if SecretStr in (info.annotation, *get_args(info.annotation))
+)
+_NOT_OURS = frozenset({"WORKER_ALIAS", "WORKER_HTTP_PORT"})
+"""WORKER_* names of other programs on such hosts, and of parts that read them later."""
+
+
+def suspicious_names(environment: Mapping[str, str]) -> list[str]:
+    """Return one sentence for each WORKER_* variable that nobody reads, with the nearest name that somebody does."""
+    known = [variable(name) for name in Settings.model_fields]
+    sentences = []
+    for name in sorted(environment):
+        if not name.startswith("WORKER_") or name in known or name in _NOT_OURS:
+            continue
+        nearest = difflib.get_close_matches(name, known, n=1)
+        sentences.append(f"{name} is set but not read" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+    return sentences
+
+
+def engine_environment(*, task_tag: str) -> dict[str, str]:
+    """The environment of engine processes: ours, without secrets, with unbuffered output.
+
+    Args:
+        task_tag: marks the process and all that it starts, so that leftovers can be found.
+    """
+    hidden = {variable(name) for name in _SECRETS}
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    return kept | {"PYTHONUNBUFFERED": "1", "FLOWMESH_ENGINE": task_tag, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def described() -> list[tuple[str, str, str]]:
+    """Variable, default and meaning of each setting, in order: the source of `--help` and docs/configuration.md."""
+    rows = []
+    for name, info in Settings.model_fields.items():
+        if info.is_required():
+            default = "required"
+        elif isinstance(info.default, tuple) or info.default in (None, ""):
+            default = "unset"
+        elif isinstance(info.default, bool):
+            default = "on" if info.default else "off"
+        else:
+            default = str(info.default)
+        rows.append((variable(name), default, info.description or ""))
+    return rows
+
+
+def interpreter() -> str:
+    """The Python that runs engine processes: the one that runs us."""
+    return sys.executable
