@@ -8,7 +8,7 @@ module to validate specs and to ask for the engine key.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
@@ -108,6 +108,7 @@ class ExecutorTask(Generic[SpecT]):
         out_dir: absolute, existing folder of this task; big files go into it, `artifacts/` inside exists.
         policy: what the operator allows.
         report: progress, log, cancel.
+        sent_spec: the spec as it was sent, before it was validated.
     """
 
     task_id: str
@@ -116,6 +117,7 @@ class ExecutorTask(Generic[SpecT]):
     out_dir: Path
     policy: EnginePolicy
     report: RunReport
+    sent_spec: JsonObject = field(default_factory=dict)
 
 
 class ChildOutput(BaseModel):

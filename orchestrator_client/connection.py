@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+import redis
 import redis.asyncio as aioredis
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.asyncio.retry import Retry
@@ -25,6 +26,7 @@ from redis.exceptions import (
 from redis.exceptions import (
     TimeoutError as RedisTimeoutError,
 )
+from redis.retry import Retry as SyncRetry
 
 from orchestrator_client.errors import BrokerRefusedError
 
@@ -63,6 +65,28 @@ def subscriber_connection(url: str) -> AbstractConnection:
     """One bare connection for a subscriber, not yet connected; nothing reconnects it behind the caller's back."""
     connection: AbstractConnection = _pool(url, connections=1).make_connection()  # type: ignore[no-untyped-call]
     return connection
+
+
+def sync_client(url: str) -> redis.Redis:
+    """A blocking client for short-lived programs, never for the daemon. Connects at the first use, does not retry.
+
+    Raises:
+        BrokerRefusedError: the address has an option that does not exist or has an unusable value.
+    """
+    try:
+        pool = redis.ConnectionPool.from_url(
+            url,
+            protocol=2,
+            socket_connect_timeout=_CONNECT_TIMEOUT_SEC,
+            socket_timeout=_COMMAND_TIMEOUT_SEC,
+            socket_keepalive=True,
+            health_check_interval=_IDLE_CHECK_SEC,
+            retry=SyncRetry(NoBackoff(), 0),
+        )
+        pool.make_connection()  # unknown options would otherwise surface as a TypeError at the first command
+    except (TypeError, ValueError) as error:
+        raise BrokerRefusedError(f"the broker address {redacted(url)} cannot be used: {error}") from error
+    return redis.Redis(connection_pool=pool)
 
 
 def redacted(url: str) -> str:

@@ -2,7 +2,8 @@
 
 WireError                  base
 ├─ EnvelopeError           a message on the task topic that is no valid task
-└─ BrokerRefusedError      the broker answered, and said no: credentials, permissions, wrong database
+├─ BrokerRefusedError      the broker answered, and said no: credentials, permissions, wrong database
+└─ BrokerUnreachableError  no broker answers at the address
 """
 
 from __future__ import annotations
@@ -28,3 +29,7 @@ class EnvelopeError(WireError):
 
 class BrokerRefusedError(WireError):
     """The broker answered, and said no: credentials, permissions, wrong database."""
+
+
+class BrokerUnreachableError(WireError):
+    """No broker answers at the address."""

@@ -3,58 +3,21 @@
 The daemon reports only usable GPUs (WIRE 9.44), so the list is cut the way CUDA itself cuts it by
 `CUDA_VISIBLE_DEVICES`. A host without GPUs or without the driver library is a normal case: every answer is then empty.
 """
-# ruff: noqa: N802, N815 -- the Protocol below repeats the names of the module pynvml
 
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import structlog
+
+from worker.nvml_api import Nvml, import_nvml
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-
-
-class NvmlMemory(Protocol):
-    """NVML's memory record; bytes."""
-
-    total: int
-    used: int
-
-
-class NvmlUtilisation(Protocol):
-    """NVML's utilisation record; percent of the last sampling period."""
-
-    gpu: int
-
-
-class Nvml(Protocol):
-    """The part of the module `pynvml` that is used here; tests hand in a stand-in."""
-
-    NVMLError: type[Exception]
-    NVMLError_DriverNotLoaded: type[Exception]
-    NVMLError_LibraryNotFound: type[Exception]
-    NVMLError_NotFound: type[Exception]
-    NVMLError_NotSupported: type[Exception]
-
-    def nvmlInit(self) -> None: ...
-    def nvmlShutdown(self) -> None: ...
-    def nvmlSystemGetDriverVersion(self) -> str: ...
-    def nvmlSystemGetCudaDriverVersion_v2(self) -> int: ...
-    def nvmlDeviceGetCount(self) -> int: ...
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> object: ...
-    def nvmlDeviceGetUUID(self, handle: object) -> str: ...
-    def nvmlDeviceGetName(self, handle: object) -> str: ...
-    def nvmlDeviceGetMemoryInfo(self, handle: object) -> NvmlMemory: ...
-    def nvmlDeviceGetMigMode(self, handle: object) -> Sequence[int]: ...
-    def nvmlDeviceGetMaxMigDeviceCount(self, handle: object) -> int: ...
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: object, index: int) -> object: ...
-    def nvmlDeviceGetGpuInstanceId(self, handle: object) -> int: ...
-    def nvmlDeviceGetComputeInstanceId(self, handle: object) -> int: ...
-    def nvmlDeviceGetPowerUsage(self, handle: object) -> int: ...
-    def nvmlDeviceGetUtilizationRates(self, handle: object) -> NvmlUtilisation: ...
 
 
 @dataclass(frozen=True)
@@ -95,7 +58,7 @@ class GpuPower:
 
 @dataclass(frozen=True)
 class GpuUsage:
-    """Memory in use (bytes) and utilisation (0–100 %) of one GPU; None where it cannot be read."""
+    """Memory in use (bytes) and utilisation (0 to 100 %) of one GPU; None where it cannot be read."""
 
     index: int
     memory_used_bytes: int | None
@@ -125,13 +88,14 @@ class GpuReader:
         self._given_nvml = nvml
         self._nvml: Nvml | None = None
         self._readable: tuple[tuple[GpuDevice, object], ...] | None = None
+        self._reported: tuple[GpuDevice, ...] | None = None
         self._failing: set[tuple[str, str]] = set()
 
     def open(self) -> bool:
         """Start NVML once. False when there is no usable driver; trying again later is allowed."""
         if self._nvml is not None:
             return True
-        nvml = self._given_nvml or _import_nvml()
+        nvml = self._given_nvml or import_nvml()
         try:
             nvml.nvmlInit()
         except (nvml.NVMLError_LibraryNotFound, nvml.NVMLError_DriverNotLoaded) as error:
@@ -161,11 +125,17 @@ class GpuReader:
         cards, slices = self._slots(nvml)
         chosen = _visible_slots(self._visible_devices, cards, slices)
         self._readable = tuple((slot.device, slot.handle) for slot in chosen if slot.device is not None)
+        devices = tuple(device for device, _ in self._readable)
+        if devices != self._reported:
+            self._reported = devices
+            level = logging.INFO if cards else logging.DEBUG
+            uuids = [device.uuid for device in devices]
+            log.log(level, "usable GPUs", cards=len(cards), visible_devices=self._visible_devices, usable=uuids)
         cuda = self._read("system", "cuda_version", nvml.nvmlSystemGetCudaDriverVersion_v2)
         return GpuFacts(
             driver_version=self._read("system", "driver_version", nvml.nvmlSystemGetDriverVersion),
             cuda_version=None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
-            devices=tuple(device for device, _ in self._readable),
+            devices=devices,
         )
 
     def power(self) -> tuple[GpuPower, ...]:
@@ -221,11 +191,85 @@ class GpuReader:
         return _Slot((uuid,), usable.device, usable.handle), slices
 
     def _slices(self, nvml: Nvml, index: int, card: object, card_uuid: str) -> list[_Slot]:
-        slices: list[_Slot] = []
         count = self._read(card_uuid, "mig_count", lambda: nvml.nvmlDeviceGetMaxMigDeviceCount(card)) or 0
-        for position in range(count):
-            part = self._read(f"{card_uuid} slice {position}", "facts", lambda at=position: _slice(nvml, index, card, at))
-            if part is not None:
-                names = (part[0].uuid, f"MIG-{card_uuid}/{part[2]}/{part[3]}")
-                slices.append(_Slot(names, part[0], part[1]))
-        return slices
+        reads = [
+            self._read(f"{card_uuid} slice {position}", "facts", partial(_slice, nvml, index, card, position))
+            for position in range(count)
+        ]
+        return [slot for slot in reads if slot is not None]
+
+    def _read(self, owner: str, what: str, call: Callable[[], T]) -> T | None:
+        """Ask NVML one thing; None when it fails. A failure is logged when it begins, not at every reading."""
+        nvml = self._nvml
+        if nvml is None:
+            return None
+        try:
+            value = call()
+        except nvml.NVMLError as error:
+            if (owner, what) not in self._failing:
+                self._failing.add((owner, what))
+                level = logging.DEBUG if isinstance(error, nvml.NVMLError_NotSupported) else logging.WARNING
+                log.log(level, "a GPU reading fails", gpu=owner, reading=what, error=str(error))
+            return None
+        self._failing.discard((owner, what))
+        return value
+
+
+def _describe(nvml: Nvml, index: int, handle: object, *, is_mig: bool = False) -> GpuDevice:
+    try:
+        memory_total_bytes = nvml.nvmlDeviceGetMemoryInfo(handle).total
+    except nvml.NVMLError_NotSupported:  # boards whose GPU shares the host's memory
+        memory_total_bytes = 0
+    return GpuDevice(index, nvml.nvmlDeviceGetUUID(handle), nvml.nvmlDeviceGetName(handle), memory_total_bytes, is_mig)
+
+
+def _slice(nvml: Nvml, index: int, card: object, position: int) -> _Slot | None:
+    """The MIG slice at a position of a card, None when that position is empty."""
+    try:
+        handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(card, position)
+    except nvml.NVMLError_NotFound:
+        return None
+    device = _describe(nvml, index, handle, is_mig=True)
+    instance = f"{nvml.nvmlDeviceGetGpuInstanceId(handle)}/{nvml.nvmlDeviceGetComputeInstanceId(handle)}"
+    return _Slot((device.uuid, f"MIG-{nvml.nvmlDeviceGetUUID(card)}/{instance}"), device, handle)
+
+
+def _visible_slots(visible_devices: str | None, cards: list[_Slot], slices: list[_Slot]) -> list[_Slot]:
+    """What a CUDA process would enumerate, in its order.
+
+    The list ends at the first name that means nothing or is of another kind than the first one; a repeated name
+    empties it. A process gets one MIG slice at most, and with it no whole card (NVIDIA MIG User Guide, "CUDA Device
+    Enumeration"), so a second slice would be a GPU that no task can use.
+    """
+    chosen = list(cards) if visible_devices is None else _named_slots(visible_devices, cards, slices)
+    usable = [slot for slot in chosen if slot.device is not None]
+    first_slice = next((slot for slot in usable if slot.device is not None and slot.device.is_mig), None)
+    return usable if first_slice is None else [first_slice]
+
+
+def _named_slots(visible_devices: str, cards: list[_Slot], slices: list[_Slot]) -> list[_Slot]:
+    names = [name.strip() for name in visible_devices.split(",")]
+    chosen: list[_Slot] = []
+    for name in names:
+        slot = _find(name, cards, slices) if _kind(name) == _kind(names[0]) else None
+        if slot is None:
+            return chosen
+        if slot in chosen:
+            return []
+        chosen.append(slot)
+    return chosen
+
+
+def _kind(name: str) -> str:
+    return name[:4] if name.startswith(("GPU-", "MIG-")) else "number"
+
+
+def _find(name: str, cards: list[_Slot], slices: list[_Slot]) -> _Slot | None:
+    """The card of this number or the only one whose UUID begins like this; None when there is none or are several."""
+    if _kind(name) == "number":
+        number = re.match(r"\+?([0-9]+)", name)  # CUDA reads the leading digits and ignores the rest
+        return cards[int(number[1])] if number and int(number[1]) < len(cards) else None
+    pool = slices if _kind(name) == "MIG-" else cards
+    exact = [slot for slot in pool if name in slot.names]
+    matches = exact or [slot for slot in pool if slot.names and slot.names[0].startswith(name)]
+    return matches[0] if len(matches) == 1 else None

@@ -64,22 +64,36 @@ Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_folders)]
 Folder = Annotated[Path, BeforeValidator(_absolute)]
 
 
-class Settings(BaseSettings):
-    """Each field is one environment variable of the same name in capitals; an empty value counts as unset."""
+class BrokerSettings(BaseSettings):
+    """What the command line's client commands need; a bad value of the worker's own settings does not concern them."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True, hide_input_in_errors=False)
 
     redis_url: SecretStr = Field(
         description="The broker: redis://, rediss:// or unix:// URL. No broker yet? `make demo KEEP=1` runs one."
     )
+    task_topic: str = Field(
+        default="tasks", min_length=1, description="Channel to take tasks from; existing orchestrators use `tasks`."
+    )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _url_scheme(cls, value: SecretStr) -> SecretStr:
+        parts = urlsplit(value.get_secret_value().strip())
+        if parts.scheme not in {"redis", "rediss", "unix"} or not (parts.hostname or parts.path):
+            raise ValueError("expected redis://HOST:PORT/DB, rediss://… or unix:///PATH")
+        parts.port  # noqa: B018 - raises ValueError for a port that is no number
+        return SecretStr(value.get_secret_value().strip())
+
+
+class Settings(BrokerSettings):
+    """Each field is one environment variable of the same name in capitals; an empty value counts as unset."""
+
     worker_id: str = Field(
         default="",
         description="This worker's name in Redis: letters, digits, dot, dash, underscore. Unset: 16 random hex digits.",
     )
     worker_tags: Words = Field(default=(), description="Comma-separated tags, published with the registration.")
-    task_topic: str = Field(
-        default="tasks", min_length=1, description="Channel to take tasks from; existing orchestrators use `tasks`."
-    )
     results_dir: Folder = Field(
         default=Path("results_workers"),
         validate_default=True,
@@ -139,7 +153,7 @@ class Settings(BaseSettings):
     )  # fmt: skip
     shutdown_grace_sec: float = Field(
         default=30.0, ge=0, allow_inf_nan=False,
-        description="After SIGTERM, how long the running task may take to finish before it is stopped and reported failed.",
+        description="After SIGTERM, how long the running task may go on before it is stopped and reported failed.",
     )  # fmt: skip
     task_min_turnaround_ms: int = Field(
         default=200, ge=0,
@@ -186,15 +200,6 @@ class Settings(BaseSettings):
         description="Read by orchestrators, not by the worker; accepted here so that one file serves both.",
     )
 
-    @field_validator("redis_url")
-    @classmethod
-    def _url_scheme(cls, value: SecretStr) -> SecretStr:
-        parts = urlsplit(value.get_secret_value().strip())
-        if parts.scheme not in {"redis", "rediss", "unix"} or not (parts.hostname or parts.path):
-            raise ValueError("expected redis://HOST:PORT/DB, rediss://… or unix:///PATH")
-        parts.port  # noqa: B018 - raises ValueError for a port that is no number
-        return SecretStr(value.get_secret_value().strip())
-
     @field_validator("worker_id")
     @classmethod
     def _id_charset(cls, value: str) -> str:
@@ -238,17 +243,36 @@ def read_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        name = str(problem["loc"][0])
-        if problem["type"] == "missing":
-            raise SettingsError(
-                f"{variable(name)} is not set: expected the broker's URL, for instance redis://127.0.0.1:6379/0 "
-                "(no broker yet? `make demo KEEP=1` runs one and prints its address)"
-            ) from error
-        value = os.environ.get(variable(name), str(problem["input"]))
-        shown = repr(redacted(value) if name == "redis_url" else "(hidden)" if name in _SECRETS else value)
-        wanted = problem["msg"].removeprefix("Value error, ")
-        raise SettingsError(f"{variable(name)}={shown} is not valid: {wanted[:1].lower()}{wanted[1:]}") from error
+        raise _settings_error(error) from error
+
+
+def read_broker_settings(redis_url: str = "") -> BrokerSettings:
+    """Read only what a client needs.
+
+    Args:
+        redis_url: replaces the variable of that name unless it is empty.
+
+    Raises:
+        SettingsError: as `read_settings`.
+    """
+    try:
+        return BrokerSettings(redis_url=SecretStr(redis_url)) if redis_url else BrokerSettings()
+    except ValidationError as error:
+        raise _settings_error(error, redis_url=redis_url) from error
+
+
+def _settings_error(error: ValidationError, *, redis_url: str = "") -> SettingsError:
+    problem = error.errors(include_url=False)[0]
+    name = str(problem["loc"][0])
+    if problem["type"] == "missing":
+        return SettingsError(
+            f"{variable(name)} is not set: expected the broker's URL, for instance redis://127.0.0.1:6379/0 "
+            "(no broker yet? `make demo KEEP=1` runs one and prints its address)"
+        )
+    value = (redis_url if name == "redis_url" else "") or os.environ.get(variable(name), str(problem["input"]))
+    shown = repr(redacted(value) if name == "redis_url" else "(hidden)" if name in _SECRETS else value)
+    wanted = problem["msg"].removeprefix("Value error, ")
+    return SettingsError(f"{variable(name)}={shown} is not valid: {wanted[:1].lower()}{wanted[1:]}")
 
 
 _SECRETS = frozenset(
@@ -268,6 +292,24 @@ def suspicious_names(environment: Mapping[str, str]) -> list[str]:
         nearest = difflib.get_close_matches(name, known, n=1)
         sentences.append(f"{name} is set but not read" + (f"; did you mean {nearest[0]}?" if nearest else ""))
     return sentences
+
+
+def unread_variables() -> list[str]:
+    """`suspicious_names` of our own environment."""
+    return suspicious_names(os.environ)
+
+
+_SHARED_BY_HOST = frozenset({"cuda_visible_devices", "hf_home"})
+
+
+def demo_environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a second worker beside the host's own: none of its settings but what is true of the host.
+
+    Args:
+        changes: variables to set.
+    """
+    own = {variable(name) for name in Settings.model_fields if name not in _SHARED_BY_HOST}
+    return {name: value for name, value in os.environ.items() if name not in own} | dict(changes)
 
 
 def engine_environment(*, task_tag: str) -> dict[str, str]:

@@ -1,0 +1,105 @@
+"""Which kinds of task exist, and where their executors live. Plain data: importing this loads no executor.
+
+Other distributions add kinds through the entry point group `flowmesh_worker.executors` (docs/adding-an-executor.md).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+import structlog
+
+from executors.contract import Executor
+from executors.errors import MissingLibraryError
+
+ENTRY_POINT_GROUP = "flowmesh_worker.executors"
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """One kind of task.
+
+    Attributes:
+        kind: the task type, lower case.
+        target: the executor as "module:Class".
+        extra: the extra of this project that installs its libraries; empty if it needs none or is not ours.
+        requires: top-level modules that must be importable.
+        exclusive: whether its engine uses the accelerator, so that at most one such engine lives at a time.
+    """
+
+    kind: str
+    target: str
+    extra: str = ""
+    requires: tuple[str, ...] = ()
+    exclusive: bool = True
+
+
+_BUILT_IN = (
+    CatalogEntry("echo", "executors.echo_task:EchoTask", exclusive=False),
+    CatalogEntry(
+        "inference",
+        "executors.text_generation:TextGeneration",
+        extra="inference",
+        requires=("torch", "transformers", "accelerate"),
+    ),
+)
+
+
+@cache
+def entries() -> dict[str, CatalogEntry]:
+    """All kinds of task by name: ours, then those of other distributions."""
+    found = {entry.kind: entry for entry in _BUILT_IN}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        kind = point.name.strip().lower()
+        if kind in found:
+            log.warning(
+                "entry point ignored: this kind exists already", action="catalog", kind=kind, target=point.value
+            )
+        else:
+            found[kind] = CatalogEntry(kind, point.value)
+    return found
+
+
+def missing_libraries(entry: CatalogEntry) -> list[str]:
+    """Return the modules of `entry.requires` that are not installed; imports nothing."""
+    return [name for name in entry.requires if importlib.util.find_spec(name) is None]
+
+
+def install_hint(entry: CatalogEntry) -> str:
+    """Say how to install what an executor needs."""
+    if entry.extra:
+        return f"install it on the worker: uv sync --inexact --extra {entry.extra}"
+    return f"install the distribution that provides {entry.target.partition(':')[0]}"
+
+
+def executor_class(entry: CatalogEntry) -> type[Executor[Any]]:
+    """Import an executor; its module is light by contract.
+
+    Raises:
+        MissingLibraryError: a library is missing, the import fails, or the target is no executor.
+    """
+    if missing := missing_libraries(entry):
+        raise MissingLibraryError(
+            f"task type {entry.kind!r} needs {', '.join(missing)}, not installed here", hint=install_hint(entry)
+        )
+    module_name, _, class_name = entry.target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except Exception as error:  # a foreign module may raise anything while it is imported
+        raise MissingLibraryError(
+            f"the executor {entry.target} of task type {entry.kind!r} cannot be imported: "
+            f"{type(error).__name__}: {error}",
+            hint=install_hint(entry),
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Executor)):
+        raise MissingLibraryError(
+            f"{entry.target} of task type {entry.kind!r} is no subclass of executors.contract.Executor"
+        )
+    return found

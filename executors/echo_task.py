@@ -1,0 +1,23 @@
+"""`taskType: echo` gives the spec back (WIRE 4.8). The smallest executor: copy it to begin your own."""
+
+from __future__ import annotations
+
+from executors.contract import Executor, ExecutorTask, TaskOutput
+from executors.task_spec import TaskSpec
+
+
+class EchoSpec(TaskSpec):
+    """Anything goes."""
+
+
+class EchoTask(Executor[EchoSpec]):
+    """Returns the spec it was given."""
+
+    spec_type = EchoSpec
+
+    def run(self, task: ExecutorTask[EchoSpec]) -> TaskOutput:
+        """Return `{"ok": true, "echo": <spec>}` (WIRE 5.2)."""
+        task.report.progress(1, 1)
+        return TaskOutput(
+            result={"ok": True, "echo": task.spec.model_dump(mode="json", by_alias=True, exclude_unset=True)}
+        )

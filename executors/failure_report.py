@@ -1,0 +1,52 @@
+"""What an exception in an executor means: reason, hint, and whether the process can be trusted afterwards."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+from executors.contract import Failure
+from executors.errors import ExecutorError, Reason
+
+_BROKEN_GPU = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "NCCL error", "unspecified launch failure", "ECC error")
+"""Texts of errors after which a CUDA context stays unusable for the rest of the process's life."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`engine_usable` is false when only a new process gives a sane state or frees the memory."""
+
+    failure: Failure
+    engine_usable: bool
+
+
+def verdict_on(error: Exception) -> Verdict:  # noqa: PLR0911 - one return for each kind of ending reads best
+    """Sort one exception."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, ExecutorError):
+        failure = Failure(reason=error.reason, message=error.message, hint=error.hint, retryable=error.retryable)
+        return Verdict(failure, engine_usable=True)
+    # torch.OutOfMemoryError, recognised by name so that torch is not imported here.
+    if type(error).__name__ == "OutOfMemoryError":
+        hint = "lower the batch size, the number of new tokens or the model's size, or use a GPU with more memory"
+        return _broken("gpu_oom", text, hint, retryable=False)
+    if isinstance(error, RuntimeError) and any(mark in str(error) for mark in _BROKEN_GPU):
+        return _broken("gpu_fault", text, "the engine process is replaced; look at dmesg for Xid lines", retryable=True)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
+        return _broken("host_oom", text, "the host has too little memory for this task", retryable=True)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Verdict(
+            Failure(reason="disk_full", message=text, hint="free space in RESULTS_DIR", retryable=True),
+            engine_usable=True,
+        )
+    if isinstance(error, ImportError):
+        failure = Failure(reason="missing_dependency", message=text, hint="run `flowmesh-worker doctor` on the worker")
+        return Verdict(failure, engine_usable=True)
+    return Verdict(
+        Failure(reason="executor_error", message=text, hint="the traceback is in the task's logs/engine.log"),
+        engine_usable=True,
+    )
+
+
+def _broken(reason: Reason, message: str, hint: str, *, retryable: bool) -> Verdict:
+    return Verdict(Failure(reason=reason, message=message, hint=hint, retryable=retryable), engine_usable=False)

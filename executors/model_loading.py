@@ -1,0 +1,266 @@
+"""Loads a causal language model and its tokenizer with Transformers, on the CPU or on GPUs."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from executors.contract import EnginePolicy
+from executors.errors import BadSpecError, MissingLibraryError, ModelLoadError
+from executors.inference_spec import InferenceSpec
+from executors.local_paths import confine, find_local
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SPREADING_MAPS = frozenset({"auto", "balanced", "balanced_low_0"})
+_INSTALL_HINT = "Install the worker with the extra 'inference'."
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """Where weights come from.
+
+    Attributes:
+        location: a hub name, or the absolute folder.
+        gguf_file: the quantised file inside it; None for ordinary weights.
+        stamp: name, size and change time of each local file, to notice a folder that was written anew; empty for the hub.
+    """
+
+    location: str
+    gguf_file: str | None
+    stamp: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to generate.
+
+    Attributes:
+        model: in evaluation mode, with no sampling defaults of its own.
+        tokenizer: belongs to the model.
+        end_ids: tokens that end a text.
+        pad_id: fills up shorter rows.
+        context_tokens: prompt and output together at most; None when the model has no such limit.
+        device: for example `cpu` or `cuda:0`, or `cuda:0,cuda:1` when spread.
+        dtype: type of the weights in memory, for example `bfloat16`.
+        source: what was loaded.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: frozenset[int]
+    pad_id: int
+    context_tokens: int | None
+    device: str
+    dtype: str
+    source: WeightsSource
+
+
+def engine_key(spec: InferenceSpec) -> str:
+    """Return all of a spec that changes what gets loaded, as stable text (WIRE 9.18)."""
+    source, options = spec.model.source, spec.model.transformers
+    placement = _requested_device(spec)
+    return json.dumps(
+        {
+            "engine": "transformers",
+            "identifier": source.identifier,
+            "revision": source.revision,
+            "gguf_file": source.gguf_file,
+            "dtype": options.dtype,
+            "device": placement,
+            "gpus": spec.gpu_limit if placement in _SPREADING_MAPS else None,
+            "bits": 8 if options.load_in_8bit else 4 if options.load_in_4bit else None,
+            "flash_attention": options.use_flash_attention_2,
+            "remote_code": spec.trusts_remote_code,
+        },
+        sort_keys=True,
+    )
+
+
+def find_weights(spec: InferenceSpec, policy: EnginePolicy) -> WeightsSource:
+    """Find the weights that a spec names, without reading them.
+
+    Raises:
+        BadSpecError: the path is missing, not allowed, or a folder in which the GGUF file is not clear.
+    """
+    source = spec.model.source
+    field = "spec.model.source.identifier"
+    local = find_local(source.identifier, field, policy)
+    if local is None:
+        return WeightsSource(location=source.identifier, gguf_file=source.gguf_file, stamp=())
+    if local.is_file():
+        if local.suffix.lower() != ".gguf":
+            raise BadSpecError(f"{field} is the file {str(local)!r}; expected a folder with a model, or a .gguf file")
+        return WeightsSource(location=str(local.parent), gguf_file=local.name, stamp=_stamp([local]))
+    if source.gguf_file:
+        chosen = confine(local / source.gguf_file, "spec.model.source.gguf_file", policy)
+        return WeightsSource(location=str(chosen.parent), gguf_file=chosen.name, stamp=_stamp([chosen]))
+    files = [path for path in local.iterdir() if path.is_file()]
+    if any(path.name == "config.json" for path in files):
+        return WeightsSource(location=str(local), gguf_file=None, stamp=_stamp(files))
+    quantised = sorted(path.name for path in files if path.suffix.lower() == ".gguf")
+    if len(quantised) != 1:
+        found = f"the files {', '.join(quantised)}" if quantised else "neither config.json nor a .gguf file"
+        raise BadSpecError(
+            f"{field} is the folder {str(local)!r}, which has {found}; expected config.json or one .gguf file",
+            hint="Name one of several .gguf files in spec.model.source.gguf_file.",
+        )
+    return WeightsSource(location=str(local), gguf_file=quantised[0], stamp=_stamp(files))
+
+
+def _stamp(files: list[Path]) -> tuple[tuple[str, int, int], ...]:
+    facts = ((path.name, path.stat()) for path in sorted(files))
+    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in facts)
+
+
+def load_model(spec: InferenceSpec, policy: EnginePolicy) -> LoadedModel:
+    """Load model and tokenizer.
+
+    Raises:
+        BadSpecError: a path, device or remote code that cannot be used here.
+        MissingLibraryError: Transformers, or what a chosen option needs, is not installed.
+        ModelLoadError: not found, not readable, not a text generation model.
+    """
+    if spec.trusts_remote_code and not policy.allow_remote_code:
+        raise BadSpecError(
+            "spec.model asks for trust_remote_code, but this worker runs no code from model repositories",
+            hint="Remove it, or set WORKER_ALLOW_REMOTE_CODE=1 at the worker.",
+        )
+    source = find_weights(spec, policy)
+    try:
+        import torch  # noqa: PLC0415 - heavy
+        import transformers  # noqa: PLC0415 - heavy
+    except ImportError as error:
+        raise MissingLibraryError(f"inference needs torch and transformers: {error}", hint=_INSTALL_HINT) from error
+    transformers.utils.logging.disable_progress_bar()  # they would fill the task's log
+    where: dict[str, object] = {"trust_remote_code": spec.trusts_remote_code}
+    if spec.model.source.revision and not source.stamp:
+        where["revision"] = spec.model.source.revision
+    if source.gguf_file:
+        where["gguf_file"] = source.gguf_file
+    options = _weight_options(spec, source)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **where)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source.location, **where, **options)
+    except ImportError as error:
+        raise MissingLibraryError(
+            f"loading {spec.model.source.identifier!r} needs a library that is not installed: {error}",
+            hint=_INSTALL_HINT,
+        ) from error
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # from_pretrained raises many kinds, and each is about the model
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        raise ModelLoadError(
+            f"spec.model.source.identifier {spec.model.source.identifier!r} cannot be loaded: "
+            f"{type(error).__name__}: {error}",
+            hint=_load_hint(source),
+        ) from error
+    model.eval()
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    end_ids = _end_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
+    pad_id = next((known for known in (tokenizer.pad_token_id, *sorted(end_ids)) if known is not None), 0)
+    # Sampling values that come with a checkpoint must not leak into a task that names its own.
+    kept = model.generation_config
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=kept.bos_token_id,
+        eos_token_id=sorted(end_ids) or None,
+        pad_token_id=pad_id,
+        suppress_tokens=kept.suppress_tokens,
+        begin_suppress_tokens=kept.begin_suppress_tokens,
+    )
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        end_ids=end_ids,
+        pad_id=pad_id,
+        context_tokens=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        device=_device_name(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+        source=source,
+    )
+
+
+def _load_hint(source: WeightsSource) -> str:
+    if source.stamp:
+        return "Check that the files are whole and belong to a text generation model that Transformers knows."
+    return (
+        "Check the name and the revision; a gated model needs HF_TOKEN at the worker; without network (HF_HUB_OFFLINE) "
+        "only models in the local cache work. A folder of your own must lie below WORKER_ALLOWED_ROOTS."
+    )
+
+
+def _requested_device(spec: InferenceSpec) -> str | None:
+    asked = spec.model.transformers.device_map
+    if asked is not None:  # `enforce_cpu` chooses this engine; an explicit map still chooses the device
+        return asked
+    return "cpu" if spec.enforce_cpu or spec.gpu_limit == 0 else None
+
+
+def _weight_options(spec: InferenceSpec, source: WeightsSource) -> dict[str, object]:
+    import torch  # noqa: PLC0415 - heavy
+
+    options = spec.model.transformers
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = _requested_device(spec) or ("cuda" if gpus else "cpu")
+    if device == "cuda" and not gpus:
+        raise BadSpecError(
+            "spec.model.transformers.device_map is 'cuda', but this worker sees no CUDA device",
+            hint="Use 'cpu' or 'auto', leave it out, or send the task to a worker with a GPU.",
+        )
+    chosen: dict[str, object] = {"dtype": "auto" if options.dtype == "auto" else getattr(torch, options.dtype)}
+    if device != "cpu":
+        chosen["device_map"] = device
+    if device in _SPREADING_MAPS and spec.gpu_limit is not None and spec.gpu_limit < gpus:
+        chosen["max_memory"] = _memory_of_first(spec.gpu_limit)
+    if source.gguf_file and options.dtype == "auto" and device != "cpu" and gpus:
+        chosen["dtype"] = torch.bfloat16  # GGUF is unpacked to float32, which wastes a GPU's memory
+    if options.load_in_8bit or options.load_in_4bit:
+        chosen["quantization_config"] = _quantisation(options.load_in_4bit, source)
+    if options.use_flash_attention_2:
+        _need("flash_attn", "spec.model.transformers.use_flash_attention_2", "Install flash-attn, or remove the key.")
+        chosen["attn_implementation"] = "flash_attention_2"
+    return chosen
+
+
+def _quantisation(four_bit: bool, source: WeightsSource) -> object:  # noqa: FBT001 - read at its one call
+    key = "spec.model.transformers." + ("load_in_4bit" if four_bit else "load_in_8bit")
+    if source.gguf_file:
+        raise BadSpecError(f"{key} is true, but {source.gguf_file!r} is already quantised; remove one of the two")
+    _need("bitsandbytes", key, "Install bitsandbytes at the worker, or remove the key.")
+    from transformers import BitsAndBytesConfig  # noqa: PLC0415 - heavy
+
+    config: object = BitsAndBytesConfig(load_in_4bit=four_bit, load_in_8bit=not four_bit)
+    return config
+
+
+def _need(library: str, key: str, hint: str) -> None:
+    if importlib.util.find_spec(library) is None:
+        raise MissingLibraryError(f"{key} is true, which needs the library {library!r}; it is not installed", hint=hint)
+
+
+def _memory_of_first(gpus: int) -> dict[object, object]:
+    from accelerate.utils import get_max_memory  # noqa: PLC0415 - heavy
+
+    memory: dict[object, object] = get_max_memory()
+    return {device: size for device, size in memory.items() if not isinstance(device, int) or device < gpus}
+
+
+def _end_ids(configured: int | list[int] | None, of_tokenizer: int | None) -> frozenset[int]:
+    several = configured if isinstance(configured, list) else [configured]
+    return frozenset(known for known in (*several, of_tokenizer) if known is not None)
+
+
+def _device_name(model: PreTrainedModel) -> str:
+    spread = getattr(model, "hf_device_map", None)
+    if not spread:
+        return str(model.device)
+    names = {f"cuda:{device}" if isinstance(device, int) else str(device) for device in spread.values()}
+    return ",".join(sorted(names))

@@ -1,0 +1,199 @@
+"""One engine process: starts it, talks to it, sees it end. It knows nothing of tasks' rules."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+from pydantic import ValidationError
+
+import executors
+from executors.child_messages import (
+    CancelTask,
+    Loaded,
+    LogLine,
+    Progress,
+    RunTask,
+    StartEngine,
+    TaskDone,
+    TaskFailed,
+    from_engine,
+)
+from executors.contract import EnginePolicy
+from worker.engine_end import oom_kills
+from worker.engine_output import EngineOutput
+from worker.process_tree import end_everything
+from worker.settings import engine_environment, interpreter
+
+LONGEST_MESSAGE: Final = 256 * 1024**2
+"""Bytes of one line from an engine; a longer result does not belong into a JSON file."""
+_UNREAD_MESSAGES: Final = 256
+"""Messages that wait for the runner; when they are not taken, the engine has to wait."""
+_TERM_GRACE_SEC: Final = 3.0
+
+EngineMessage = Loaded | Progress | LogLine | TaskDone | TaskFailed
+
+log = structlog.get_logger()
+_waited_for: set[int] = set()
+"""Process ids whose exit status a thread of ours is going to take."""
+
+
+@dataclass(frozen=True)
+class ChannelEnd:
+    """No more messages will come. `garbage` holds what could not be understood, if that was the reason."""
+
+    garbage: str = ""
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """What all engine processes of this daemon share.
+
+    Attributes:
+        tag: begins the tag of each process, by which leftovers are found; no other daemon has it.
+        working_dir: an empty folder: relative names in specs must not hit files of ours.
+        policy: what the operator allows.
+    """
+
+    tag: str
+    working_dir: Path
+    policy: EnginePolicy
+
+
+class EngineProcess:
+    """A living engine. `key` names what it has loaded or is about to load."""
+
+    def __init__(self, key: str, process: subprocess.Popen[bytes], tag: str, output: EngineOutput) -> None:
+        self.key = key
+        self.pid = process.pid
+        self.output = output
+        self.tasks_run = 0
+        self.messages: asyncio.Queue[EngineMessage | ChannelEnd] = asyncio.Queue(_UNREAD_MESSAGES)
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        """Resolves with the exit status."""
+        self._process = process
+        self._tag = tag
+        self._oom_before = oom_kills()
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._pipe: asyncio.ReadTransport | None = None
+
+    @classmethod
+    async def start(cls, key: str, executor: str, setup: EngineSetup) -> EngineProcess:
+        """Start a process for the executor "module:Class". Does not wait for it to load anything."""
+        tag = f"{setup.tag}/{uuid.uuid4().hex}"
+        ours, theirs = socket.socketpair()
+        read_end, write_end = os.pipe()
+        # Python puts the working directory first on the path; ours is empty, so say where the packages are.
+        packages = str(Path(executors.__path__[0]).parent)
+        environment = engine_environment(task_tag=tag)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [packages, environment.get("PYTHONPATH")]))
+        setup.working_dir.mkdir(parents=True, exist_ok=True)
+        with theirs, open(write_end, "wb") as sink:  # noqa: ASYNC230, PTH123 - wraps a descriptor, opens no file
+            process = subprocess.Popen(  # noqa: ASYNC220 - a fork of a few ms, and the main thread must be its parent
+                [interpreter(), "-m", "executors.child", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                cwd=setup.working_dir,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        _waited_for.add(process.pid)
+        loop = asyncio.get_running_loop()
+        output = EngineOutput()
+        engine = cls(key, process, tag, output)
+        engine._pipe, _ = await loop.connect_read_pipe(lambda: output, open(read_end, "rb", buffering=0))  # noqa: ASYNC230, PTH123, SIM115 - the transport owns it
+        reader, engine._writer = await asyncio.open_connection(sock=ours, limit=LONGEST_MESSAGE)
+        engine._reading = asyncio.create_task(engine._read(reader))
+        threading.Thread(target=engine._wait, args=(loop,), name=f"wait-{process.pid}", daemon=True).start()
+        engine._send(StartEngine(executor=executor, policy=setup.policy))
+        log.info("engine started", action="engine_start", engine=key, pid=process.pid)
+        return engine
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can take a task."""
+        return not self.ended.done() and self._reading is not None and not self._reading.done()
+
+    @property
+    def oom_kills(self) -> int:
+        """Kernel out-of-memory kills in our cgroup since it was started."""
+        return oom_kills() - self._oom_before
+
+    def run(self, order: RunTask) -> None:
+        """Hand over a task."""
+        while not self.messages.empty():  # late words about the last task
+            self.messages.get_nowait()
+        self.tasks_run += 1
+        self._send(order)
+
+    def cancel(self, task_id: str) -> None:
+        """Ask it to stop a task."""
+        self._send(CancelTask(task_id=task_id))
+
+    async def stop(self, *, gently: bool = True) -> int | None:
+        """End it: ask with SIGTERM, then kill the whole group and whatever escaped from it. Returns the exit status."""
+        if gently and not self.ended.done():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self.ended), _TERM_GRACE_SEC)
+        left = await asyncio.to_thread(end_everything, self._tag, self.pid, frozenset(_waited_for))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self.ended), _TERM_GRACE_SEC)
+        self.output.drain()
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._writer is not None:
+            self._writer.close()
+        if self._pipe is not None:
+            self._pipe.close()
+        status = self.ended.result() if self.ended.done() else None
+        if left:
+            log.error("processes survive SIGKILL", action="engine_stop", engine=self.key, pids=left)
+        log.info("engine ended", action="engine_stop", engine=self.key, pid=self.pid, status=status)
+        return status
+
+    def _send(self, message: StartEngine | RunTask | CancelTask) -> None:
+        # A lost engine is seen by the reader; what is written to it then has nowhere to go.
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(message.encode())
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        end = ChannelEnd()
+        try:
+            while line := await reader.readline():
+                if len(line) > 1024**2:  # decoding it takes long enough to delay a heartbeat
+                    message = await asyncio.to_thread(from_engine.validate_json, line)
+                else:
+                    message = from_engine.validate_json(line)
+                await self.messages.put(message)
+        except (ValidationError, ValueError) as error:  # ValueError: the line is longer than LONGEST_MESSAGE
+            end = ChannelEnd(garbage=str(error).splitlines()[0])
+        except OSError as error:
+            log.debug("engine channel broke", action="engine_read", engine=self.key, error=str(error))
+        await self.messages.put(end)
+
+    def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
+        status = self._process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody wants to know any more
+            loop.call_soon_threadsafe(self._note_end, status)
+
+    def _note_end(self, status: int) -> None:
+        _waited_for.discard(self.pid)
+        if not self.ended.done():
+            self.ended.set_result(status)
+        self.output.last_heard = time.monotonic()

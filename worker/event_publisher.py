@@ -1,0 +1,239 @@
+"""Everything the daemon says goes through here: one connection, in order, batched.
+
+| what | when the broker is away, or nobody listens |
+|---|---|
+| final events | stay in the journal until somebody has heard them |
+| TASK_STARTED, progress, status | are dropped: a final event or the next heartbeat says more |
+
+A final event is published by a script that first looks whether that dispatch has been announced already, so that a
+repeat after a lost connection or a crash stays silent: exactly one final event for each dispatch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import redis.asyncio as aioredis
+import structlog
+from redis.asyncio.client import Pipeline
+
+from orchestrator_client.channels import TASK_EVENTS, TASK_STATUS_TTL_SEC, task_key
+from orchestrator_client.connection import DISCONNECTED, pauses
+from orchestrator_client.messages import TaskEvent
+from worker.task_journal import OwedEvent, TaskJournal
+
+_MOST_AT_ONCE: Final = 200
+_LISTENER_CHECK_SEC: Final = 1.0
+
+_ANNOUNCE: Final = """
+if redis.call('HGET', KEYS[1], 'announced') == ARGV[1] then return -1 end
+local heard = redis.call('PUBLISH', ARGV[2], ARGV[3])
+if heard > 0 then
+  redis.call('HSET', KEYS[1], 'announced', ARGV[1])
+  redis.call('EXPIRE', KEYS[1], ARGV[4])
+end
+return heard
+"""
+
+Build = Callable[[Pipeline], None]
+Replies = Sequence[Any]
+
+log = structlog.get_logger()
+
+
+@dataclass
+class _Item:
+    """Some commands. `build` is called when they are sent, so that they say what is true then."""
+
+    build: Build
+    commands: int
+    owed: OwedEvent | None = None
+    replies: asyncio.Future[Replies] | None = None
+    progress_of: str | None = None
+
+
+class EventPublisher:
+    """See the module's text.
+
+    Args:
+        client: a client of this publisher's own; one connection is used.
+        journal: where owed events lie.
+    """
+
+    def __init__(self, client: aioredis.Redis, journal: TaskJournal) -> None:
+        self._client = client
+        self._journal = journal
+        self._items: deque[_Item] = deque()
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._owing = True  # what an earlier life owes is looked up first
+        self.connected = False
+
+    def task_started(self, event: TaskEvent, fields: Mapping[str, str]) -> None:
+        """Say that a task runs."""
+
+        def build(pipe: Pipeline) -> None:
+            _set_task(pipe, event.task_id, fields)
+            pipe.publish(TASK_EVENTS, event.encode())
+
+        self._put(_Item(build, 3))
+
+    def task_changed(self, task_id: str, fields: Mapping[str, str]) -> None:
+        """Update the hash `task:<id>`."""
+        self._put(_Item(lambda pipe: _set_task(pipe, task_id, fields), 2))
+
+    def task_progress(self, event: TaskEvent, fields: Mapping[str, str]) -> None:
+        """Say how far a task is; replaces what has not been sent yet of the same task."""
+
+        def build(pipe: Pipeline) -> None:
+            _set_task(pipe, event.task_id, fields)
+            pipe.publish(TASK_EVENTS, event.encode())
+
+        for item in self._items:
+            if item.progress_of == event.task_id:
+                item.build = build
+                return
+        self._put(_Item(build, 3, progress_of=event.task_id))
+
+    def task_ended(self, owed: OwedEvent, fields: Mapping[str, str]) -> None:
+        """Publish a final event that the journal owes, and update the hash."""
+
+        def build(pipe: Pipeline) -> None:
+            _set_task(pipe, owed.task_id, fields)
+            _announce(pipe, owed)
+
+        self._put(_Item(build, 3, owed=owed))
+
+    def say(self, build: Build, commands: int) -> None:
+        """Send commands that may be lost."""
+        self._put(_Item(build, commands))
+
+    async def request(self, build: Build, commands: int) -> Replies:
+        """Send commands and return their replies; errors among them are exceptions in the list.
+
+        Raises:
+            DISCONNECTED: the broker is away.
+        """
+        future: asyncio.Future[Replies] = asyncio.get_running_loop().create_future()
+        self._put(_Item(build, commands, replies=future))
+        return await future
+
+    async def settle(self, timeout_sec: float) -> bool:
+        """Wait until everything said so far has been sent or dropped; False if that took too long."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_sec)
+        except TimeoutError:
+            return False
+        return True
+
+    async def run(self) -> None:
+        """Send until cancelled."""
+        waits = pauses()
+        while True:
+            if self._items:
+                if await self._send():
+                    waits = pauses()
+                else:
+                    await asyncio.sleep(next(waits))
+                continue
+            self._idle.set()
+            self._wake.clear()
+            if self._owing:
+                try:
+                    await asyncio.wait_for(self._wake.wait(), _LISTENER_CHECK_SEC)
+                except TimeoutError:
+                    await self._send_owed()
+            else:
+                await self._wake.wait()
+
+    def _put(self, item: _Item) -> None:
+        self._items.append(item)
+        self._idle.clear()
+        self._wake.set()
+
+    async def _send(self) -> bool:
+        batch = [self._items.popleft() for _ in range(min(len(self._items), _MOST_AT_ONCE))]
+        try:
+            async with self._client.pipeline(transaction=False) as pipe:
+                for item in batch:
+                    item.build(pipe)
+                replies = await pipe.execute(raise_on_error=False)
+            lost = next((reply for reply in replies if isinstance(reply, DISCONNECTED)), None)
+            if lost is not None:
+                raise lost
+        except DISCONNECTED as error:
+            self._lost(batch, error)
+            return False
+        self.connected = True
+        heard = []
+        position = 0
+        for item in batch:
+            own = replies[position : position + item.commands]
+            position += item.commands
+            self._complain(own)
+            if item.replies is not None and not item.replies.done():
+                item.replies.set_result(own)
+            if item.owed is not None:
+                if isinstance(own[-1], int) and own[-1] != 0:
+                    heard.append(item.owed.seq)
+                else:
+                    self._owing = True
+        if heard:
+            self._journal.heard(heard)
+        return True
+
+    def _lost(self, batch: list[_Item], error: Exception) -> None:
+        """Drop what is waiting: final events are in the journal, the rest is stale when the broker is back."""
+        if self.connected:
+            log.warning("broker lost; final events wait in the journal", action="publish", error=str(error))
+        self.connected = False
+        for item in (*batch, *self._items):
+            if item.replies is not None and not item.replies.done():
+                item.replies.set_exception(error)
+            self._owing = self._owing or item.owed is not None
+        self._items.clear()
+
+    async def _send_owed(self) -> None:
+        """Publish what the journal owes, oldest first, once somebody listens."""
+        try:
+            ((_, listeners),) = await self._client.pubsub_numsub(TASK_EVENTS)
+            self.connected = True
+            if not listeners:
+                return
+            while events := await self._journal.owed(_MOST_AT_ONCE):
+                async with self._client.pipeline(transaction=False) as pipe:
+                    for owed in events:
+                        _announce(pipe, owed)
+                    replies = await pipe.execute(raise_on_error=False)
+                self._complain(replies)
+                heard = [
+                    owed.seq for owed, reply in zip(events, replies, strict=True) if isinstance(reply, int) and reply
+                ]
+                self._journal.heard(heard)
+                log.info("owed events delivered", action="publish", count=len(heard))
+                if len(heard) < len(events):
+                    return
+            self._owing = False
+        except DISCONNECTED as error:
+            self.connected = False
+            log.debug("broker still away", action="publish", error=str(error))
+
+    def _complain(self, replies: Replies) -> None:
+        for reply in replies:
+            if isinstance(reply, Exception):
+                log.warning("the broker refused a command", action="publish", error=str(reply))
+
+
+def _set_task(pipe: Pipeline, task_id: str, fields: Mapping[str, str]) -> None:
+    key = task_key(task_id)
+    mapping: dict[Any, Any] = dict(fields)  # redis-py's own type is invariant and wider
+    pipe.hset(key, mapping=mapping)
+    pipe.expire(key, TASK_STATUS_TTL_SEC)
+
+
+def _announce(pipe: Pipeline, owed: OwedEvent) -> None:
+    pipe.eval(_ANNOUNCE, 1, task_key(owed.task_id), owed.token, TASK_EVENTS, owed.event, TASK_STATUS_TTL_SEC)

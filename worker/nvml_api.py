@@ -1,0 +1,53 @@
+"""The part of NVIDIA's module `pynvml` (distribution nvidia-ml-py) that the daemon uses, as a type, and its import."""
+# ruff: noqa: N802 -- the Protocol repeats the names of the module
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class NvmlMemory(Protocol):
+    """NVML's memory record; bytes."""
+
+    total: int
+    used: int
+
+
+class NvmlUtilisation(Protocol):
+    """NVML's utilisation record; percent of the last sampling period."""
+
+    gpu: int
+
+
+class Nvml(Protocol):
+    """The part of the module `pynvml` that is used here; tests hand in a stand-in."""
+
+    NVMLError: type[Exception]
+    NVMLError_DriverNotLoaded: type[Exception]
+    NVMLError_LibraryNotFound: type[Exception]
+    NVMLError_NotFound: type[Exception]
+    NVMLError_NotSupported: type[Exception]
+
+    def nvmlInit(self) -> None: ...
+    def nvmlShutdown(self) -> None: ...
+    def nvmlSystemGetDriverVersion(self) -> str: ...
+    def nvmlSystemGetCudaDriverVersion_v2(self) -> int: ...
+    def nvmlDeviceGetCount(self) -> int: ...
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> object: ...
+    def nvmlDeviceGetUUID(self, handle: object) -> str: ...
+    def nvmlDeviceGetName(self, handle: object) -> str: ...
+    def nvmlDeviceGetMemoryInfo(self, handle: object) -> NvmlMemory: ...
+    def nvmlDeviceGetMigMode(self, handle: object) -> Sequence[int]: ...
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: object) -> int: ...
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: object, index: int) -> object: ...
+    def nvmlDeviceGetGpuInstanceId(self, handle: object) -> int: ...
+    def nvmlDeviceGetComputeInstanceId(self, handle: object) -> int: ...
+    def nvmlDeviceGetPowerUsage(self, handle: object) -> int: ...
+    def nvmlDeviceGetUtilizationRates(self, handle: object) -> NvmlUtilisation: ...
+
+
+def import_nvml() -> Nvml:
+    """Import the module; the driver library behind it is only looked for by `nvmlInit`."""
+    import pynvml  # noqa: PLC0415 -- hosts without a GPU need not pay for it at start
+
+    module: Nvml = pynvml
+    return module

@@ -1,0 +1,198 @@
+"""From an envelope to a task that can run: known kind, installed, valid spec, engine key, folder, limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue, ValidationError
+
+from executors.catalog import CatalogEntry, entries, executor_class
+from executors.child_messages import ChildTask, RunTask
+from executors.contract import Executor, Failure, JsonObject
+from executors.errors import BadSpecError, ExecutorError
+from executors.task_spec import Output, TaskSpec, unknown_keys
+from orchestrator_client.messages import ChildEnvelope, TaskEnvelope
+from orchestrator_client.validation_text import validation_text
+from worker.results_folder import choose_folder
+from worker.settings import Settings
+
+
+class RejectedError(Exception):
+    """The task cannot run here; `failure` is the answer."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where a task's (or child's) results go, and which files its sender requires."""
+
+    path: Path
+    required: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FailedChild:
+    """A merged child that cannot run; the others can."""
+
+    failure: Failure
+    folder: Folder
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task that can run.
+
+    Attributes:
+        order: what the engine gets.
+        entry: its kind.
+        engine_key: which engine it needs.
+        folder: where its results go.
+        child_folders: the same for each merged child that can run.
+        failed_children: merged children that cannot.
+        warnings: sentences for its sender.
+        timeout_sec: wall-clock limit; 0 is none.
+        no_progress_sec: limit of silence; 0 is none.
+    """
+
+    order: RunTask
+    entry: CatalogEntry
+    engine_key: str
+    folder: Folder
+    child_folders: dict[str, Folder]
+    failed_children: dict[str, FailedChild]
+    warnings: list[str]
+    timeout_sec: float
+    no_progress_sec: float
+
+
+class TaskPreparation:
+    """Prepares tasks by the operator's settings.
+
+    Args:
+        settings: the settings.
+        has_gpu: whether this worker has a GPU; decides which default model applies.
+    """
+
+    def __init__(self, settings: Settings, *, has_gpu: bool) -> None:
+        self._settings = settings
+        self._default_model = settings.vllm_model if has_gpu else settings.hf_model
+        self._default_model = self._default_model or settings.hf_model or settings.vllm_model
+
+    def kinds(self) -> list[str]:
+        """Task types that this worker accepts."""
+        mask = {kind.lower() for kind in self._settings.worker_executor_mask}
+        return sorted(kind for kind in entries() if not mask or kind in mask)
+
+    def entry_for(self, kind: str) -> CatalogEntry:
+        """Look up a kind of task.
+
+        Raises:
+            RejectedError: it is missing, unknown or masked.
+        """
+        accepted = self.kinds()
+        offer = f"this worker accepts: {', '.join(accepted)}"
+        if not kind:
+            raise RejectedError(Failure(reason="bad_spec", message="spec.taskType is missing", hint=offer))
+        entry = entries().get(kind)
+        if entry is None:
+            text = f"spec.taskType is {kind!r}: no executor of that name is known here"
+            raise RejectedError(Failure(reason="unknown_task_type", message=text, hint=offer, retryable=True))
+        if kind not in accepted:
+            text = f"spec.taskType is {kind!r}: switched off on this worker by WORKER_EXECUTOR_MASK"
+            raise RejectedError(Failure(reason="executor_disabled", message=text, hint=offer, retryable=True))
+        return entry
+
+    def prepare(self, envelope: TaskEnvelope) -> PreparedTask:
+        """Check everything that can be checked without loading anything heavy.
+
+        Raises:
+            RejectedError: the task cannot run here.
+        """
+        entry = self.entry_for(envelope.kind)
+        try:
+            executor = executor_class(entry)
+            spec, sent = self._validate(executor, envelope.task.spec, "spec")
+        except ExecutorError as error:
+            retryable = error.reason == "missing_dependency"  # another worker may have it
+            failure = Failure(reason=error.reason, message=error.message, hint=error.hint, retryable=retryable)
+            raise RejectedError(failure) from error
+        folder, folder_warning = self.folder_for(envelope.task_id, spec.output)
+        warnings = unknown_keys(spec)
+        if folder_warning:
+            warnings.append(folder_warning)
+        children, child_folders, failed = self._children(executor, envelope)
+        return PreparedTask(
+            order=RunTask(task_id=envelope.task_id, spec=sent, out_dir=folder.path, children=children),
+            entry=entry,
+            engine_key=f"{entry.kind}:{executor.engine_key(spec)}",
+            folder=folder,
+            child_folders=child_folders,
+            failed_children=failed,
+            warnings=warnings,
+            timeout_sec=spec.timeout_sec or self._settings.worker_task_timeout_sec,
+            no_progress_sec=spec.no_progress_timeout_sec or self._settings.worker_no_progress_timeout_sec,
+        )
+
+    def folder_for(self, task_id: str, output: Output) -> tuple[Folder, str]:
+        """Choose where a task's results go (WIRE 5.4), with a warning if it is not where its sender wanted them."""
+        wanted = output.destination.path if output.destination.type == "local" else None
+        settings = self._settings
+        path, warning = choose_folder(task_id, wanted, settings.results_dir, settings.worker_allowed_roots)
+        return Folder(path, output.artifacts), warning
+
+    def default_folder(self, task_id: str) -> Folder:
+        """The folder of a task whose spec cannot be read."""
+        return Folder(self._settings.results_dir / task_id, ())
+
+    def _validate(self, executor: type[Executor[Any]], spec: JsonObject, place: str) -> tuple[TaskSpec, JsonObject]:
+        sent = self._with_default_model(spec)
+        try:
+            return executor.spec_type.model_validate(sent), sent
+        except ValidationError as error:
+            raise BadSpecError(validation_text(error, place), hint="correct the task file and send it again") from error
+
+    def _with_default_model(self, spec: JsonObject) -> JsonObject:
+        """Fill in VLLM_MODEL or HF_MODEL where an inference task names no model (WIRE 4.1)."""
+        if str(spec.get("taskType")).strip().lower() != "inference" or self._default_model is None:
+            return spec
+        model = spec.get("model") or {}
+        source: JsonValue = (model.get("source") or {}) if isinstance(model, dict) else None
+        if not isinstance(model, dict) or not isinstance(source, dict) or source.get("identifier"):
+            return spec
+        return {**spec, "model": {**model, "source": {**source, "identifier": self._default_model}}}
+
+    def _children(
+        self, executor: type[Executor[Any]], envelope: TaskEnvelope
+    ) -> tuple[tuple[ChildTask, ...], dict[str, Folder], dict[str, FailedChild]]:
+        runnable: list[ChildTask] = []
+        folders: dict[str, Folder] = {}
+        failed: dict[str, FailedChild] = {}
+        for child in _merged(envelope):
+            try:
+                if child.spec is None:
+                    raise BadSpecError(f"merged_children: the spec of {child.task_id} is missing")
+                spec, sent = self._validate(executor, child.spec, f"merged_children[{child.task_id}].spec")
+            except ExecutorError as error:
+                failure = Failure(reason=error.reason, message=error.message, hint=error.hint)
+                failed[child.task_id] = FailedChild(failure, self.default_folder(child.task_id))
+                continue
+            folder, _ = self.folder_for(child.task_id, spec.output)
+            folders[child.task_id] = folder
+            runnable.append(ChildTask(task_id=child.task_id, spec=sent, out_dir=folder.path))
+        return tuple(runnable), folders, failed
+
+
+def _merged(envelope: TaskEnvelope) -> tuple[ChildEnvelope, ...]:
+    """The merged children under any of their names (WIRE 3)."""
+    if envelope.merged_children or not isinstance(envelope.task.merge_children, list):
+        return envelope.merged_children
+    try:
+        return tuple(ChildEnvelope.model_validate(child) for child in envelope.task.merge_children)
+    except ValidationError as error:
+        message = validation_text(error, "task.merge_children[…]")
+        raise RejectedError(Failure(reason="bad_spec", message=message)) from error
