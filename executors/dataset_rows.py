@@ -1,7 +1,7 @@
 """`data.type: dataset`: opens a hub data set or local files, and cuts out the rows that a task asks for.
 
-Local files are found here and handed to `datasets` one by one. A folder is never given to it as a whole: the metadata in
-a folder's README can point the library at files elsewhere.
+Local files are found here and handed to `datasets` one by one. A folder is never given to it as a whole: the metadata
+in a folder's README can point the library at files elsewhere.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class _Dataset(Protocol):
     def select_columns(self, column_names: list[str]) -> _Dataset: ...
     def shuffle(self, seed: int) -> _Dataset: ...
     def shard(self, num_shards: int, index: int, contiguous: bool) -> _Dataset: ...  # noqa: FBT001 - the library's signature
+    def __len__(self) -> int: ...
     def to_list(self) -> list[dict[str, object]]: ...
 
 
@@ -92,9 +93,10 @@ def open_dataset(data: DataSection, shard: ShardSection, policy: EnginePolicy, s
         dataset = dataset.select_columns(list(dict.fromkeys([column, *aliases])))
         if data.shuffle:
             dataset = dataset.shuffle(seed=data.seed)
-        if shard.total > 1:
-            dataset = dataset.shard(num_shards=shard.total, index=shard.index, contiguous=shard.contiguous)
-        rows = tuple(dataset.to_list())
+        rows: tuple[dict[str, object], ...] = ()
+        if shard.index < len(dataset):  # with more shards than rows, the last ones are empty: `shard` cannot do that
+            part = dataset.shard(num_shards=shard.total, index=shard.index, contiguous=shard.contiguous)
+            rows = tuple(part.to_list())
     if not rows:
         raise BadDataError(
             f"spec.data.url {url!r} gives no rows (split {data.split!r}, shard {shard.index} of {shard.total}); "
@@ -159,11 +161,11 @@ def _load_files(local: Path, data: DataSection, policy: EnginePolicy, cache: str
 
 def _load(data: DataSection, *, hint: str, **options: object) -> _Dataset:
     try:
-        import datasets  # noqa: PLC0415 - heavy
+        import datasets
     except ImportError as error:
         raise MissingLibraryError(
             f"spec.data.type 'dataset' needs the library 'datasets': {error}",
-            hint="Install the worker with the extra 'inference'.",
+            hint="Install the extra on the worker: uv sync --inexact --extra inference.",
         ) from error
     datasets.disable_progress_bars()
     try:
@@ -184,7 +186,7 @@ def _files_of(local: Path, split: str, policy: EnginePolicy) -> dict[str, list[P
     if local.is_file():
         if local.suffix.lower() not in _BUILDERS:
             raise BadSpecError(
-                f"spec.data.url is {str(local)!r}; expected a file of one of these kinds: {', '.join(sorted(_BUILDERS))}"
+                f"spec.data.url is {str(local)!r}; expected a file that ends in {', '.join(sorted(_BUILDERS))}"
             )
         return {_split_names(split)[0]: [local]}
     splits = {

@@ -9,6 +9,8 @@ from executors.task_spec import TaskSpec
 class EchoSpec(TaskSpec):
     """Anything goes."""
 
+    any_key_goes = True
+
 
 class EchoTask(Executor[EchoSpec]):
     """Returns the spec it was given."""

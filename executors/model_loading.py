@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from executors.contract import EnginePolicy
 from executors.errors import BadSpecError, MissingLibraryError, ModelLoadError
 from executors.inference_spec import InferenceSpec
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SPREADING_MAPS = frozenset({"auto", "balanced", "balanced_low_0"})
-_INSTALL_HINT = "Install the worker with the extra 'inference'."
+_INSTALL_HINT = "Install the extra on the worker: uv sync --inexact --extra inference."
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class WeightsSource:
     Attributes:
         location: a hub name, or the absolute folder.
         gguf_file: the quantised file inside it; None for ordinary weights.
-        stamp: name, size and change time of each local file, to notice a folder that was written anew; empty for the hub.
+        stamp: name, size and change time of each local file, to notice weights that were written anew;
+            empty for the hub.
     """
 
     location: str
@@ -133,8 +136,8 @@ def load_model(spec: InferenceSpec, policy: EnginePolicy) -> LoadedModel:
         )
     source = find_weights(spec, policy)
     try:
-        import torch  # noqa: PLC0415 - heavy
-        import transformers  # noqa: PLC0415 - heavy
+        import torch
+        import transformers
     except ImportError as error:
         raise MissingLibraryError(f"inference needs torch and transformers: {error}", hint=_INSTALL_HINT) from error
     transformers.utils.logging.disable_progress_bar()  # they would fill the task's log
@@ -181,7 +184,7 @@ def load_model(spec: InferenceSpec, policy: EnginePolicy) -> LoadedModel:
         tokenizer=tokenizer,
         end_ids=end_ids,
         pad_id=pad_id,
-        context_tokens=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        context_tokens=getattr(model.config.get_text_config(), "max_position_embeddings", None) or None,
         device=_device_name(model),
         dtype=str(model.dtype).removeprefix("torch."),
         source=source,
@@ -205,7 +208,7 @@ def _requested_device(spec: InferenceSpec) -> str | None:
 
 
 def _weight_options(spec: InferenceSpec, source: WeightsSource) -> dict[str, object]:
-    import torch  # noqa: PLC0415 - heavy
+    import torch
 
     options = spec.model.transformers
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -235,7 +238,7 @@ def _quantisation(four_bit: bool, source: WeightsSource) -> object:  # noqa: FBT
     if source.gguf_file:
         raise BadSpecError(f"{key} is true, but {source.gguf_file!r} is already quantised; remove one of the two")
     _need("bitsandbytes", key, "Install bitsandbytes at the worker, or remove the key.")
-    from transformers import BitsAndBytesConfig  # noqa: PLC0415 - heavy
+    from transformers import BitsAndBytesConfig
 
     config: object = BitsAndBytesConfig(load_in_4bit=four_bit, load_in_8bit=not four_bit)
     return config
@@ -246,11 +249,12 @@ def _need(library: str, key: str, hint: str) -> None:
         raise MissingLibraryError(f"{key} is true, which needs the library {library!r}; it is not installed", hint=hint)
 
 
-def _memory_of_first(gpus: int) -> dict[object, object]:
-    from accelerate.utils import get_max_memory  # noqa: PLC0415 - heavy
+def _memory_of_first(gpus: int) -> dict[int | str, int]:
+    """Return the bytes that may be filled on the first GPUs and, for what does not fit, in the host's memory."""
+    import torch
 
-    memory: dict[object, object] = get_max_memory()
-    return {device: size for device, size in memory.items() if not isinstance(device, int) or device < gpus}
+    memory: dict[int | str, int] = {gpu: int(torch.cuda.mem_get_info(gpu)[0] * 0.9) for gpu in range(gpus)}
+    return {**memory, "cpu": int(psutil.virtual_memory().available * 0.8)}
 
 
 def _end_ids(configured: int | list[int] | None, of_tokenizer: int | None) -> frozenset[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, time
 from pathlib import Path
@@ -92,7 +92,7 @@ def read_prompts(spec: InferenceSpec, policy: EnginePolicy, scratch: Path) -> Pr
     lost = sorted({key for prompt in prompts for key in RESERVED_METADATA & prompt.metadata.keys()})
     if lost:
         warnings.append(
-            f"metadata {', '.join(map(repr, lost))} is replaced in the result by the prompt itself; give it another name"
+            f"metadata {', '.join(map(repr, lost))} gives way to the prompt itself in the result; choose another name"
         )
     return PromptSet(prompts=prompts, warnings=tuple(warnings))
 
@@ -128,27 +128,14 @@ def _from_row(row: Mapping[str, object], position: int, table: Table) -> Prompt:
 
 def json_value(cell: object) -> JsonValue:
     """Turn a data set's cell into JSON: dates as ISO text, bytes as base64, NaN and infinity as null."""
-    match cell:
-        case None | bool() | int() | str():
-            return cell
-        case float():
-            return cell if math.isfinite(cell) else None
-        case date() | time():
-            return cell.isoformat()
-        case bytes():
-            return base64.b64encode(cell).decode("ascii")
-        case Mapping():
-            return dict(_json_pairs(cell))
-        case list() | tuple():
-            return _json_list(cell)
-        case _:
-            return str(cell)
-
-
-def _json_pairs(mapping: Mapping[object, object]) -> Iterator[tuple[str, JsonValue]]:
-    for key, value in mapping.items():
-        yield str(key), json_value(value)
-
-
-def _json_list(values: Iterable[object]) -> list[JsonValue]:
-    return [json_value(value) for value in values]
+    if isinstance(cell, float):
+        return cell if math.isfinite(cell) else None
+    if cell is None or isinstance(cell, int | str):
+        return cell
+    if isinstance(cell, bytes):
+        return base64.b64encode(cell).decode("ascii")
+    if isinstance(cell, Mapping):
+        return {str(key): json_value(value) for key, value in cell.items()}
+    if isinstance(cell, list | tuple):
+        return [json_value(value) for value in cell]
+    return cell.isoformat() if isinstance(cell, date | time) else str(cell)

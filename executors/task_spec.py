@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
@@ -69,6 +69,9 @@ class TaskSpec(SpecSection):
     normal (WIRE 3.2).
     """
 
+    any_key_goes: ClassVar[bool] = False
+    """Whether this kind of task has no unknown keys."""
+
     task_type: str = Field(default="", alias="taskType")
     enforce_cpu: bool = False
     resources: Resources | None = None
@@ -89,6 +92,8 @@ _WIRE_SECTIONS = frozenset(
 
 def unknown_keys(spec: TaskSpec) -> list[str]:
     """Return one sentence for each key that this kind of task does not know, with the nearest key that it does."""
+    if spec.any_key_goes:
+        return []
     return [
         f"unknown key {path!r} is ignored" + (f"; did you mean {nearest!r}?" if nearest else "")
         for path, nearest in _walk(spec, "spec")

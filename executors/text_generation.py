@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from executors.contract import ChildOutput, EnginePolicy, Executor, ExecutorTask, Failure, JsonObject, TaskOutput
+from executors.contract import ChildOutput, EnginePolicy, Executor, ExecutorTask, Failure, TaskOutput
 from executors.errors import BadDataError, BadSpecError, ExecutorError, TaskCancelledError
 from executors.generation_results import EngineFacts, GeneratedItem, result_of
 from executors.inference_spec import InferenceOptions, InferenceSpec
 from executors.model_loading import LoadedModel, engine_key, find_weights, load_model
-from executors.prompt_data import Prompt, PromptSet, message_json, read_prompts
+from executors.prompt_data import Prompt, message_json, read_prompts
 from executors.token_batches import BatchLimits, BatchWatch, Pace, Penalties, TokenRow, make_batches
 
 _CPU_LIMITS = BatchLimits(rows=8, tokens=16_384)
@@ -203,6 +203,7 @@ def _generate(
     ]
     defaults = _CPU_LIMITS if loaded.device == "cpu" else _GPU_LIMITS
     pace.add(items=len(items) - len(rows))
+    pace.tell()
     for batch in make_batches(rows, BatchLimits(options.batch_size or defaults.rows, defaults.tokens)):
         task.report.raise_if_cancelled()
         watch = _run_batch(loaded, batch, task, pace)
@@ -222,8 +223,8 @@ def _generate(
 
 
 def _seed(options: InferenceOptions) -> None:
-    import torch  # noqa: PLC0415 - heavy
-    import transformers  # noqa: PLC0415 - heavy
+    import torch
+    import transformers
 
     if options.seed is None:
         torch.seed()  # a warm engine must not repeat what the seed of an earlier task began
@@ -234,8 +235,8 @@ def _seed(options: InferenceOptions) -> None:
 def _run_batch(
     loaded: LoadedModel, batch: Sequence[TokenRow], task: ExecutorTask[InferenceSpec], pace: Pace
 ) -> BatchWatch:
-    import torch  # noqa: PLC0415 - heavy
-    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList  # noqa: PLC0415 - heavy
+    import torch
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     options = task.spec.inference
     end_ids = loaded.end_ids | _stop_ids(loaded, options.stop)

@@ -1,7 +1,7 @@
 """Batches of tokenised prompts, and what watches and steers a batch while Transformers generates.
 
-The two classes here are handed to `generate` as a stopping criterion and as a logits processor. They derive from none of
-its classes, because the library only calls them, and deriving would import it.
+`BatchWatch` and `Penalties` are handed to `generate` as a stopping criterion and as a logits processor. They derive
+from none of its classes, because the library only calls them, and deriving would import it.
 """
 
 from __future__ import annotations

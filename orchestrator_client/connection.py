@@ -91,7 +91,10 @@ def sync_client(url: str) -> redis.Redis:
 
 def redacted(url: str) -> str:
     """The address without credentials, for logs."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "(an address that cannot be read)"
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 

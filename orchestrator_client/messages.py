@@ -20,6 +20,11 @@ TASK_ID_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._:@=+-]{0,199}$"
 TaskId = Annotated[str, StringConstraints(pattern=TASK_ID_PATTERN)]
 
 
+def safe_task_id(task_id: str) -> bool:
+    """Whether an id may become a folder name and part of a key."""
+    return re.fullmatch(TASK_ID_PATTERN, task_id) is not None
+
+
 def now_iso() -> str:
     """The present as ISO-8601 in UTC, with offset and microseconds."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
@@ -127,6 +132,12 @@ class CancelMessage(_In):
 
     type: Literal["CANCEL"]
     task_id: str
+
+
+class SentEvent(_In):
+    """The part of an event that is read back from the journal."""
+
+    payload: JsonObject = Field(default_factory=dict)
 
 
 class _Out(BaseModel):

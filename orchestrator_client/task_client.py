@@ -65,14 +65,14 @@ class TaskOrder:
 
 
 @contextmanager
-def _talking(address: str) -> Iterator[None]:
-    """Turn redis-py's many errors into our two."""
+def talking(address: str) -> Iterator[None]:
+    """Turn redis-py's many errors into our two, with the address in the text."""
     try:
         yield
     except (AuthenticationError, AuthorizationError) as error:  # both count as connection errors in redis-py
         raise BrokerRefusedError(f"the broker at {address} refused the connection: {error}") from error
     except DISCONNECTED as error:
-        raise BrokerUnreachableError(f"no broker answers at {address}: {error}") from error
+        raise BrokerUnreachableError(f"no broker answers at {address}: {str(error).rstrip('.')}") from error
     except RedisError as error:
         raise BrokerRefusedError(f"the broker at {address} refused the command: {error}") from error
 
@@ -97,7 +97,7 @@ class TaskEvents:
         """
         deadline = time.monotonic() + timeout_sec
         while (left := deadline - time.monotonic()) > 0:
-            with _talking(self._address):
+            with talking(self._address):
                 message = self._pubsub.get_message(ignore_subscribe_messages=True, timeout=left)
             news = read_news(message["data"]) if message else None
             if news is not None and news.task_id == self._task_id:
@@ -144,13 +144,13 @@ class TaskClient:
 
     def task(self, task_id: str) -> TaskState | None:
         """A task's state; None when no worker has accepted it, or it ended longer ago than the hash lives."""
-        with _talking(self.address):
+        with talking(self.address):
             raw = self._redis.hgetall(channels.task_key(task_id))
         return read_task(task_id, raw)
 
     def workers(self) -> list[WorkerState]:
         """All registered workers by name, also those whose heartbeat has ended."""
-        with _talking(self.address):
+        with talking(self.address):
             ids = sorted(decoded(member) for member in self._redis.smembers(channels.WORKER_IDS))
             pipe = self._redis.pipeline(transaction=False)
             for worker_id in ids:
@@ -165,7 +165,7 @@ class TaskClient:
         """Subscribe to a task's events; nothing that is published after this has begun is missed."""
         pubsub = self._redis.pubsub()  # type: ignore[no-untyped-call]  # a gap in redis-py's types
         try:
-            with _talking(self.address):
+            with talking(self.address):
                 pubsub.subscribe(channels.TASK_EVENTS)
                 if pubsub.get_message(timeout=_SUBSCRIBE_TIMEOUT_SEC) is None:
                     raise BrokerUnreachableError(f"the broker at {self.address} does not confirm a subscription")
@@ -174,7 +174,7 @@ class TaskClient:
             pubsub.close()
 
     def _publish(self, channel: str, body: bytes) -> int:
-        with _talking(self.address):
+        with talking(self.address):
             return int(self._redis.publish(channel, body))
 
 

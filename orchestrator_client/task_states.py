@@ -132,7 +132,8 @@ class WorkerState(BaseModel):
     """The hash `worker:<id>` with its heartbeat key.
 
     Attributes:
-        heartbeat_ttl_sec: what is left of the heartbeat; None: there is none, the worker counts as dead (WIRE 1.1).
+        alive: whether the heartbeat has a life time left; orchestrators choose only such workers (WIRE 1.1).
+        heartbeat_ttl_sec: what is left of it; None when there is none.
         status: STARTING, IDLE or RUNNING; empty when the hash is gone, UNREADABLE when the key is no hash.
         gpus: product names.
     """
@@ -140,6 +141,7 @@ class WorkerState(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     worker_id: str
+    alive: bool = False
     heartbeat_ttl_sec: int | None = None
     status: Word = ""
     started_at: Text = ""
@@ -149,11 +151,6 @@ class WorkerState(BaseModel):
     cost_per_hour: Number = None
     tags: tuple[str, ...] = ()
     gpus: tuple[str, ...] = ()
-
-    @property
-    def alive(self) -> bool:
-        """Whether the worker's heartbeat has a life time left; orchestrators choose only such workers."""
-        return self.heartbeat_ttl_sec is not None
 
     def uptime_sec(self, now: datetime | None = None) -> float | None:
         """Seconds since the start; None when the hash does not tell."""
@@ -208,6 +205,7 @@ def read_worker(worker_id: str, raw: RawHash | None, ttl_sec: int) -> WorkerStat
     fields = {"status": "UNREADABLE"} if raw is None else _decoded_hash(raw)
     return WorkerState(
         worker_id=printable(worker_id),
+        alive=ttl_sec >= 0,
         heartbeat_ttl_sec=ttl_sec if ttl_sec >= 0 else None,
         status=fields.get("status", ""),
         started_at=fields.get("started_at", ""),

@@ -79,7 +79,7 @@ class EngineProcess:
         self.pid = process.pid
         self.output = output
         self.tasks_run = 0
-        self.messages: asyncio.Queue[EngineMessage | ChannelEnd] = asyncio.Queue(_UNREAD_MESSAGES)
+        self._messages: asyncio.Queue[EngineMessage | ChannelEnd | None] = asyncio.Queue(_UNREAD_MESSAGES)
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         """Resolves with the exit status."""
         self._process = process
@@ -135,10 +135,23 @@ class EngineProcess:
 
     def run(self, order: RunTask) -> None:
         """Hand over a task."""
-        while not self.messages.empty():  # late words about the last task
-            self.messages.get_nowait()
+        while not self._messages.empty():  # late words about the last task
+            self._messages.get_nowait()
         self.tasks_run += 1
         self._send(order)
+
+    async def next_message(self, wait_sec: float) -> EngineMessage | ChannelEnd | None:
+        """Its next message, or None when the time is up or somebody called `nudge`."""
+        try:
+            async with asyncio.timeout(wait_sec):
+                return await self._messages.get()
+        except TimeoutError:
+            return None
+
+    def nudge(self) -> None:
+        """Make `next_message` return."""
+        with contextlib.suppress(asyncio.QueueFull):  # then it is about to return anyway
+            self._messages.put_nowait(None)
 
     def cancel(self, task_id: str) -> None:
         """Ask it to stop a task."""
@@ -180,12 +193,12 @@ class EngineProcess:
                     message = await asyncio.to_thread(from_engine.validate_json, line)
                 else:
                     message = from_engine.validate_json(line)
-                await self.messages.put(message)
+                await self._messages.put(message)
         except (ValidationError, ValueError) as error:  # ValueError: the line is longer than LONGEST_MESSAGE
             end = ChannelEnd(garbage=str(error).splitlines()[0])
         except OSError as error:
             log.debug("engine channel broke", action="engine_read", engine=self.key, error=str(error))
-        await self.messages.put(end)
+        await self._messages.put(end)
 
     def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
         status = self._process.wait()

@@ -50,7 +50,6 @@ class _Item:
     """Some commands. `build` is called when they are sent, so that they say what is true then."""
 
     build: Build
-    commands: int
     owed: OwedEvent | None = None
     replies: asyncio.Future[Replies] | None = None
     progress_of: str | None = None
@@ -80,11 +79,11 @@ class EventPublisher:
             _set_task(pipe, event.task_id, fields)
             pipe.publish(TASK_EVENTS, event.encode())
 
-        self._put(_Item(build, 3))
+        self._put(_Item(build))
 
     def task_changed(self, task_id: str, fields: Mapping[str, str]) -> None:
         """Update the hash `task:<id>`."""
-        self._put(_Item(lambda pipe: _set_task(pipe, task_id, fields), 2))
+        self._put(_Item(lambda pipe: _set_task(pipe, task_id, fields)))
 
     def task_progress(self, event: TaskEvent, fields: Mapping[str, str]) -> None:
         """Say how far a task is; replaces what has not been sent yet of the same task."""
@@ -97,7 +96,7 @@ class EventPublisher:
             if item.progress_of == event.task_id:
                 item.build = build
                 return
-        self._put(_Item(build, 3, progress_of=event.task_id))
+        self._put(_Item(build, progress_of=event.task_id))
 
     def task_ended(self, owed: OwedEvent, fields: Mapping[str, str]) -> None:
         """Publish a final event that the journal owes, and update the hash."""
@@ -106,21 +105,31 @@ class EventPublisher:
             _set_task(pipe, owed.task_id, fields)
             _announce(pipe, owed)
 
-        self._put(_Item(build, 3, owed=owed))
+        self._put(_Item(build, owed=owed))
 
-    def say(self, build: Build, commands: int) -> None:
+    def say(self, build: Build) -> None:
         """Send commands that may be lost."""
-        self._put(_Item(build, commands))
+        self._put(_Item(build))
 
-    async def request(self, build: Build, commands: int) -> Replies:
+    async def request(self, build: Build) -> Replies:
         """Send commands and return their replies; errors among them are exceptions in the list.
 
         Raises:
             DISCONNECTED: the broker is away.
         """
         future: asyncio.Future[Replies] = asyncio.get_running_loop().create_future()
-        self._put(_Item(build, commands, replies=future))
+        self._put(_Item(build, replies=future))
         return await future
+
+    async def transaction(self, build: Build) -> None:
+        """Send commands as one transaction, past the queue; for the farewell, when nothing else is sent.
+
+        Raises:
+            DISCONNECTED: the broker is away.
+        """
+        async with self._client.pipeline(transaction=True) as pipe:
+            build(pipe)
+            await pipe.execute()
 
     async def settle(self, timeout_sec: float) -> bool:
         """Wait until everything said so far has been sent or dropped; False if that took too long."""
@@ -159,8 +168,11 @@ class EventPublisher:
         batch = [self._items.popleft() for _ in range(min(len(self._items), _MOST_AT_ONCE))]
         try:
             async with self._client.pipeline(transaction=False) as pipe:
+                sizes = []
                 for item in batch:
+                    before = len(pipe)
                     item.build(pipe)
+                    sizes.append(len(pipe) - before)
                 replies = await pipe.execute(raise_on_error=False)
             lost = next((reply for reply in replies if isinstance(reply, DISCONNECTED)), None)
             if lost is not None:
@@ -171,9 +183,9 @@ class EventPublisher:
         self.connected = True
         heard = []
         position = 0
-        for item in batch:
-            own = replies[position : position + item.commands]
-            position += item.commands
+        for item, size in zip(batch, sizes, strict=True):
+            own = replies[position : position + size]
+            position += size
             self._complain(own)
             if item.replies is not None and not item.replies.done():
                 item.replies.set_result(own)

@@ -17,3 +17,7 @@ ID_IN_USE: Final = 75
 """Another live process has this WORKER_ID (EX_TEMPFAIL): it may be gone at the next try."""
 BAD_CONFIG: Final = 78
 """A setting is missing or wrong (EX_CONFIG): do not restart before it is mended."""
+TIMED_OUT: Final = 124
+"""`submit --wait --timeout`: the time is over and the task goes on."""
+INTERRUPTED: Final = 130
+"""Ctrl-C in a client command (128 + SIGINT). The daemon itself ends with 0 after a signal."""

@@ -6,6 +6,7 @@ import difflib
 import os
 import secrets
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -337,6 +338,20 @@ def described() -> list[tuple[str, str, str]]:
             default = str(info.default)
         rows.append((variable(name), default, info.description or ""))
     return rows
+
+
+def help_text() -> str:
+    """What `--help` prints: every variable with its default and meaning."""
+    lines = [
+        "Usage: uv run python worker/main.py",
+        "",
+        "A worker daemon for LLM tasks. All settings are environment variables:",
+        "",
+    ]
+    for name, default, meaning in described():
+        lines.append(f"  {name} (default: {default})" if default != "required" else f"  {name} (required)")
+        lines += textwrap.wrap(meaning, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines) + "\n"
 
 
 def interpreter() -> str:

@@ -129,9 +129,14 @@ class TaskJournal:
 
         return await self._do(work)
 
-    async def owe(self, task_id: str, event: bytes) -> int:
-        """Record an event that is owed outside a task's normal life. Returns its number."""
-        return await self._do(lambda db: _owe(db, task_id, uuid.uuid4().hex, event))
+    async def owe(self, task_id: str, event: bytes) -> tuple[int, str]:
+        """Record an event that is owed outside a task's normal life. Returns its number and token."""
+        token = uuid.uuid4().hex
+        return await self._do(lambda db: (_owe(db, task_id, token, event), token))
+
+    async def forget(self, task_id: str) -> None:
+        """Let a task that has ended be accepted again."""
+        await self._do(lambda db: db.execute("DELETE FROM tasks WHERE task_id = ? AND state != 'accepted'", (task_id,)))
 
     def heard(self, numbers: list[int]) -> None:
         """Forget owed events that have been heard. Need not be durable: publishing again has no effect."""

@@ -88,7 +88,7 @@ class WorkerPresence:
         Raises:
             DISCONNECTED: the broker went away meanwhile; the heartbeat will do it again.
         """
-        replies = await self._publisher.request(self._add_registration, 10)
+        replies = await self._publisher.request(self._add_registration)
         if errors := [reply for reply in replies if isinstance(reply, Exception)]:
             log.error(
                 "registration refused", action="register", worker_id=self._identity.worker_id, error=str(errors[0])
@@ -100,7 +100,7 @@ class WorkerPresence:
     def set_running(self, task_id: str) -> None:
         """A task begins."""
         self.status, self._task_id = "RUNNING", task_id
-        self._publisher.say(lambda pipe: self._add_status(pipe, {"task_id": task_id}, {"extra_task_id": task_id}), 2)
+        self._publisher.say(lambda pipe: self._add_status(pipe, {"task_id": task_id}, {"extra_task_id": task_id}))
 
     def set_busy(self) -> None:
         """A task was accepted; from now on no other may be sent here."""
@@ -111,11 +111,11 @@ class WorkerPresence:
         self.status, self._task_id, self._last_task = "IDLE", "", last_task
         payload: JsonObject = {"last_task": last_task} if last_task else {}
         fields = {"extra_last_task": last_task, "extra_task_id": ""}
-        self._publisher.say(lambda pipe: self._add_status(pipe, payload, fields), 2)
+        self._publisher.say(lambda pipe: self._add_status(pipe, payload, fields))
 
     def lifecycle(self, event_type: Literal["job_started", "job_completed"], data: JsonObject) -> None:
         """Tell tuning managers about a task (WIRE 2.5)."""
-        self._publisher.say(lambda pipe: self._add_lifecycle(pipe, event_type, data), 1)
+        self._publisher.say(lambda pipe: self._add_lifecycle(pipe, event_type, data))
 
     async def beat_forever(self) -> None:
         """Beat every interval until cancelled, whatever happens to the broker."""
@@ -142,7 +142,7 @@ class WorkerPresence:
             pipe.hget(own_key, "worker_id")
             self._add_beat(pipe, metrics)
 
-        member, known_id, *_ = await self._publisher.request(build, 6)
+        member, known_id, *_ = await self._publisher.request(build)
         expected = self._identity.worker_id.encode()
         if not self._registered or not member or known_id != expected:
             if self._registered:
@@ -156,7 +156,7 @@ class WorkerPresence:
             DISCONNECTED: the broker is away; it will notice by the TTL.
         """
         self._power.sample()
-        await self._publisher.request(self._add_farewell, 5)
+        await self._publisher.transaction(self._add_farewell)
         self._registered = False
         log.info("unregistered", action="unregister", worker_id=self._identity.worker_id)
 

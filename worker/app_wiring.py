@@ -1,0 +1,249 @@
+"""Builds every part once and hands it on; knows the order of start and stop, and why."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Coroutine
+from urllib.parse import urlsplit
+
+import structlog
+
+from executors.contract import EnginePolicy
+from orchestrator_client.channels import TASK_CONTROL
+from orchestrator_client.connection import DISCONNECTED, check_access, command_client, pauses, redacted
+from orchestrator_client.subscriber import Subscriber
+from worker import exit_codes
+from worker.engine_pool import EnginePool
+from worker.engine_process import EngineSetup
+from worker.event_publisher import EventPublisher
+from worker.gpu_facts import GpuReader
+from worker.host_facts import read_hardware
+from worker.process_tree import adopt_orphans, end_everything
+from worker.settings import Settings
+from worker.task_intake import IntakeParts, TaskIntake
+from worker.task_journal import TaskJournal
+from worker.task_preparation import TaskPreparation
+from worker.task_runner import RunnerParts, TaskRunner
+from worker.worker_identity import StateFolder, take_over
+from worker.worker_presence import Identity, WorkerPresence
+
+_FAREWELL_SEC = 5.0
+_PRUNE_EVERY_SEC = 3600.0
+
+log = structlog.get_logger()
+
+
+class Daemon:
+    """The whole worker. Make it inside a running event loop."""
+
+    def __init__(self, settings: Settings, state: StateFolder) -> None:
+        self._settings = settings
+        self._state = state
+        self._url = settings.redis_url.get_secret_value()
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        adopt_orphans()
+        self._gpus = GpuReader(settings.cuda_visible_devices)
+        self._client = command_client(self._url)
+        self._publisher_client = command_client(self._url)
+        self._journal = TaskJournal(state.journal)
+        self._publisher = EventPublisher(self._publisher_client, self._journal)
+        policy = EnginePolicy(
+            allowed_roots=settings.readable_roots, allow_remote_code=settings.worker_allow_remote_code
+        )
+        self._engine_tag = str(state.path)
+        setup = EngineSetup(tag=self._engine_tag, working_dir=state.path / "engine", policy=policy)
+        self._pool = EnginePool(setup, settings.executor_idle_ttl_sec)
+
+    async def run(self) -> int:
+        """Start, work until a signal, stop.
+
+        Returns:
+            The exit code.
+
+        Raises:
+            IdInUseError: another live process has this id.
+            BrokerRefusedError: the broker refuses the credentials.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
+        try:
+            return await self._live()
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            await self._pool.close()
+            await self._journal.close()
+            self._gpus.close()
+            for client in (self._client, self._publisher_client):
+                with contextlib.suppress(*DISCONNECTED):
+                    await client.aclose()
+
+    async def _live(self) -> int:
+        await self._reach_broker()
+        if self._stop.is_set():
+            return exit_codes.OK
+        # What a killed daemon left running would compete for the GPU with what we start.
+        leftovers = asyncio.create_task(asyncio.to_thread(end_everything, self._engine_tag))
+        await asyncio.to_thread(self._gpus.open)
+        hardware = await asyncio.to_thread(
+            read_hardware,
+            self._gpus.facts(),
+            redis_host=urlsplit(self._url).hostname,
+            bandwidth_bytes_per_sec=self._settings.worker_network_bandwidth_bytes_per_sec,
+        )
+        await take_over(self._client, self._state.worker_id)
+        await leftovers
+        identity = Identity.describe(
+            self._state.worker_id,
+            self._settings.worker_tags,
+            self._settings.worker_cost_per_hour,
+            self._settings.heartbeat_interval_sec,
+        )
+        presence = WorkerPresence(identity, self._publisher, self._gpus, hardware)
+        preparation = TaskPreparation(self._settings, has_gpu=bool(hardware.gpu.gpus))
+        parts = RunnerParts(
+            self._settings, self._state.worker_id, preparation, self._pool, self._journal, self._publisher, presence
+        )
+        runner = TaskRunner(parts)
+        intake = TaskIntake(
+            IntakeParts(
+                self._state.worker_id,
+                self._settings.worker_max_envelope_bytes,
+                self._settings.task_min_turnaround_ms / 1000,
+                self._client,
+                preparation,
+                self._journal,
+                self._publisher,
+                runner,
+            )
+        )
+        subscribed = asyncio.Event()
+
+        async def on_subscribed() -> None:
+            if subscribed.is_set():  # after a gap the broker may have forgotten us, or have been flushed
+                presence.gaps = subscriber.gaps
+                self._spawn("beat after a gap", _quietly(presence.beat()), may_end=True)
+            subscribed.set()
+
+        subscriber = Subscriber(self._url, (self._settings.task_topic, TASK_CONTROL), intake.on_message, on_subscribed)
+        # Subscribe before anybody is told of us: whoever sees this worker may send to it at once (WIRE 0, 9.3).
+        self._spawn("publisher", self._publisher.run())
+        self._spawn("subscriber", subscriber.run())
+        await self._either(subscribed.wait())
+        await intake.resume()
+        self._spawn("intake", intake.run())
+        await self._register(presence)
+        runner.expect(0)  # says IDLE, or RUNNING when tasks were resumed
+        self._spawn("runner", runner.run())
+        self._spawn("heartbeat", presence.beat_forever())
+        self._spawn("idle engines", self._pool.end_idle(), may_end=True)
+        self._spawn("pruning", self._prune())
+        log.info("ready", action="ready", worker_id=self._state.worker_id, accepts=preparation.kinds())
+
+        code = await self._watch()
+        await self._shut_down(intake, runner, presence)
+        return code
+
+    async def _reach_broker(self) -> None:
+        """Wait for the broker, however long it takes."""
+        waits = pauses()
+        while not self._stop.is_set():
+            try:
+                await check_access(self._client, self._url)
+            except DISCONNECTED as error:
+                pause = next(waits)
+                log.warning(
+                    "the broker is not there yet; trying again",
+                    action="start",
+                    broker=redacted(self._url),
+                    error=str(error),
+                    pause_sec=round(pause, 2),
+                )
+                await self._either(asyncio.sleep(pause))
+            else:
+                return
+
+    async def _register(self, presence: WorkerPresence) -> None:
+        waits = pauses()
+        while not self._stop.is_set():
+            try:
+                await presence.register()
+            except DISCONNECTED as error:
+                log.warning("not registered yet", action="register", error=str(error))
+                await self._either(asyncio.sleep(next(waits)))
+            else:
+                return
+
+    async def _watch(self) -> int:
+        """Wait for a signal, or for a part that ends though it must not."""
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait([stopping, *self._tasks.values()], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+        if self._stop.is_set():
+            return exit_codes.OK
+        for name, task in self._tasks.items():
+            if task.done():
+                log.error("a part of the daemon ended", action="crash", part=name, exc_info=task.exception())
+        return exit_codes.CRASHED
+
+    async def _shut_down(self, intake: TaskIntake, runner: TaskRunner, presence: WorkerPresence) -> None:
+        """Stop in an order in which nothing is lost.
+
+        No new tasks first, but the heartbeat goes on while the running task finishes; then its end is announced; then
+        the farewell, so that the orchestrator requeues only what we never had.
+        """
+        log.info("shutting down", action="shutdown", grace_sec=self._settings.shutdown_grace_sec)
+        intake.closed = True
+        self._tasks.pop("subscriber").cancel()
+        await runner.drain(self._settings.shutdown_grace_sec, self._hurry)
+        await self._pool.close()
+        if not await self._publisher.settle(_FAREWELL_SEC):
+            log.warning("not everything could be announced; the journal keeps it for the next start", action="shutdown")
+        try:
+            async with asyncio.timeout(_FAREWELL_SEC):
+                await presence.unregister()
+        except DISCONNECTED as error:
+            log.warning("could not unregister; the registration ends by its TTL", action="shutdown", error=str(error))
+        log.info("stopped", action="shutdown")
+
+    async def _prune(self) -> None:
+        while True:
+            await self._journal.prune()
+            await asyncio.sleep(_PRUNE_EVERY_SEC)
+
+    def _spawn(self, name: str, work: Coroutine[None, None, None], *, may_end: bool = False) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks[name] = task
+        if may_end:
+            task.add_done_callback(lambda _: self._tasks.pop(name, None))
+
+    async def _either(self, work: Coroutine[None, None, object]) -> None:
+        """Wait for something, or for the signal to stop."""
+        both = [asyncio.create_task(work), asyncio.create_task(self._stop.wait())]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        for task in both:
+            task.cancel()
+
+    def _on_signal(self, name: str) -> None:
+        if self._stop.is_set():
+            log.warning("second signal: not waiting any longer", action="signal", signal=name)
+            self._hurry.set()
+        else:
+            log.info("signal received", action="signal", signal=name)
+            self._stop.set()
+
+
+async def _quietly(beat: Coroutine[None, None, None]) -> None:
+    """A heartbeat beside the regular ones; the next regular one does what this cannot."""
+    try:
+        await beat
+    except DISCONNECTED as error:
+        log.warning("heartbeat not delivered", action="heartbeat", error=str(error))

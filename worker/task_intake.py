@@ -1,0 +1,319 @@
+"""From bytes on a channel to an accepted task: whose is it, is it well-formed, was it here before.
+
+Reading never waits for a task, and accepting never waits for the disk more than once for many messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import redis.asyncio as aioredis
+import stamina
+import structlog
+from pydantic import ValidationError
+
+from executors.contract import Failure
+from orchestrator_client.channels import CLAIM_TTL_SEC, TASK_CONTROL, claim_key
+from orchestrator_client.connection import DISCONNECTED
+from orchestrator_client.errors import EnvelopeError
+from orchestrator_client.messages import (
+    CancelMessage,
+    SentEvent,
+    TaskEnvelope,
+    TaskEvent,
+    decode_envelope,
+    decode_head,
+    safe_task_id,
+)
+from orchestrator_client.validation_text import validation_text
+from worker.event_publisher import EventPublisher
+from worker.task_journal import Acceptance, JournalError, OwedEvent, TaskJournal
+from worker.task_preparation import PreparedTask, RejectedError, TaskPreparation
+from worker.task_record import TaskRecord
+from worker.task_runner import TaskRunner
+
+_MOST_AT_ONCE: Final = 256
+_KEEP_PREPARED_BYTES: Final = 64 * 1024
+"""Larger tasks are read from the journal again when their turn comes, so that a long queue needs little memory."""
+_MOST_STARTS: Final = 3
+"""A task during whose run the daemon itself ended this often is not started again."""
+_LONGEST_ANSWERED_ID: Final = 1000
+_CLAIM_WAIT_PER_TASK_SEC: Final = 0.25
+_CLAIM_WAIT_MOST_SEC: Final = 2.0
+_CLAIM_WAIT_UNABLE_SEC: Final = 3.0
+_CLAIM_PATIENCE_SEC: Final = 30.0
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """A message that is ours. Exactly one of `prepared` and `failure` is set."""
+
+    task_id: str
+    kind: str
+    raw: bytes
+    received_at: float
+    received: float
+    dispatched_at: str | None
+    prepared: PreparedTask | None
+    failure: Failure | None
+
+    def record(self, acceptance: Acceptance) -> TaskRecord:
+        keep = len(self.raw) <= _KEEP_PREPARED_BYTES
+        return TaskRecord(
+            task_id=self.task_id,
+            dispatch=acceptance.dispatch,
+            kind=self.kind,
+            received_at=self.received_at,
+            received=self.received,
+            dispatched_at=self.dispatched_at,
+            prepared=self.prepared if keep else None,
+        )
+
+
+@dataclass(frozen=True)
+class IntakeParts:
+    """What the intake works with."""
+
+    worker_id: str
+    max_envelope_bytes: int
+    min_turnaround_sec: float
+    client: aioredis.Redis
+    preparation: TaskPreparation
+    journal: TaskJournal
+    publisher: EventPublisher
+    runner: TaskRunner
+
+
+class TaskIntake:
+    """Takes messages from the subscriber and hands accepted tasks to the runner."""
+
+    def __init__(self, parts: IntakeParts) -> None:
+        self._parts = parts
+        self._inbox: deque[tuple[bytes, float, float]] = deque()
+        self._arrived = asyncio.Event()
+        self._side_jobs: set[asyncio.Task[None]] = set()
+        self.malformed = 0
+        self.others = 0
+        self.closed = False
+
+    def on_message(self, channel: str, raw: bytes) -> None:
+        """Look at one message; called by the subscriber, in order, and never blocks."""
+        if channel == TASK_CONTROL:
+            self._control(raw)
+            return
+        try:
+            head = decode_head(raw)
+        except EnvelopeError as error:
+            self._count_malformed(error)
+            return
+        if head.assigned_worker == self._parts.worker_id:
+            self._take(raw)
+        elif head.assigned_worker is None:
+            self._claim_later(raw)
+        else:
+            self.others += 1
+
+    async def run(self) -> None:
+        """Accept what arrives until cancelled."""
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while self._inbox:
+                batch = [self._inbox.popleft() for _ in range(min(len(self._inbox), _MOST_AT_ONCE))]
+                try:
+                    await self._accept([arrival for item in batch if (arrival := self._read(*item)) is not None])
+                finally:
+                    self._parts.runner.expect(-len(batch))
+
+    async def resume(self) -> None:
+        """Put back what an earlier life of this worker accepted and did not end."""
+        for task in await self._parts.journal.open_tasks():
+            arrival = self._read(task.envelope, task.received_at, time.monotonic())
+            if arrival is None:  # written by another version
+                continue
+            record = arrival.record(Acceptance(task.dispatch, None))
+            log.info("resuming a task", action="resume", task_id=task.task_id, starts=task.starts)
+            if task.starts >= _MOST_STARTS:
+                text = f"the worker ended {task.starts} times while this task ran; it is not started again"
+                failure = Failure(reason="worker_restarted", message=text, hint="look into worker.log on the worker")
+                self._parts.runner.reject(record, failure)
+            elif arrival.failure is not None:
+                self._parts.runner.reject(record, arrival.failure)
+            else:
+                self._parts.runner.enqueue(record)
+
+    def _take(self, raw: bytes) -> None:
+        self._parts.runner.expect(1)
+        self._inbox.append((raw, time.time(), time.monotonic()))
+        self._arrived.set()
+
+    def _read(self, raw: bytes, received_at: float, received: float) -> _Arrival | None:
+        """Decode and check a message of ours; None when not even an answer can be addressed."""
+        head = decode_head(raw)
+        if len(raw) > self._parts.max_envelope_bytes:
+            limit = self._parts.max_envelope_bytes
+            text = f"the task message has {len(raw)} bytes: at most {limit} are accepted (WORKER_MAX_ENVELOPE_BYTES)"
+            error = EnvelopeError(text, task_id=head.task_id if isinstance(head.task_id, str) else None)
+            return self._malformed(error, raw, received_at, received)
+        try:
+            envelope = decode_envelope(raw, head)
+        except EnvelopeError as error:
+            return self._malformed(error, raw, received_at, received)
+        prepared, failure = self._prepare(envelope)
+        return _Arrival(
+            envelope.task_id, envelope.kind, raw, received_at, received, envelope.dispatched_at, prepared, failure
+        )
+
+    def _prepare(self, envelope: TaskEnvelope) -> tuple[PreparedTask | None, Failure | None]:
+        try:
+            return self._parts.preparation.prepare(envelope), None
+        except RejectedError as error:
+            return None, error.failure
+        except Exception as error:
+            log.exception("an executor's spec model or engine key raised", action="prepare", task_id=envelope.task_id)
+            text = f"the executor of {envelope.kind!r} cannot read this spec: {type(error).__name__}: {error}"
+            return None, Failure(reason="executor_error", message=text, hint="see worker.log on the worker")
+
+    def _malformed(self, error: EnvelopeError, raw: bytes, received_at: float, received: float) -> _Arrival | None:
+        """Answer a message of ours that is no valid task, if its id can be read."""
+        self._count_malformed(error)
+        failure = Failure(reason="bad_spec", message=str(error), hint="correct the task and send it again")
+        if error.task_id is None or not 0 < len(error.task_id.strip()) <= _LONGEST_ANSWERED_ID:
+            return None
+        if not safe_task_id(error.task_id):
+            self._side_job(self._refuse(error.task_id, failure, received))
+            return None
+        empty = b'{"task_id":"%s","task":{"spec":{}}}' % error.task_id.encode()
+        kept = raw if len(raw) <= self._parts.max_envelope_bytes else empty
+        return _Arrival(error.task_id, "", kept, received_at, received, None, None, failure)
+
+    async def _refuse(self, task_id: str, failure: Failure, received: float) -> None:
+        """Answer a task whose id must not become a path: an event, and nothing else."""
+        event = TaskEvent(
+            type="TASK_FAILED",
+            task_id=task_id,
+            worker_id=self._parts.worker_id,
+            error=failure.message,
+            payload={"reason": failure.reason, "hint": failure.hint, "retryable": False},
+        )
+        await self._owe(task_id, event.encode(), received)
+
+    async def _accept(self, arrivals: list[_Arrival]) -> None:
+        if not arrivals:
+            return
+        wanted = [(arrival.task_id, arrival.raw, arrival.received_at) for arrival in arrivals]
+        try:
+            answers = await self._parts.journal.accept(wanted)
+        except JournalError as error:
+            log.error("cannot accept tasks", action="accept", error=str(error), tasks=len(arrivals))
+            for arrival in arrivals:
+                self._say_not_accepted(arrival, error)
+            return
+        for arrival, answer in zip(arrivals, answers, strict=True):
+            if answer.known is None:
+                self._hand_over(arrival, answer)
+            elif answer.known == "succeeded":
+                await self._answer_again(arrival, answer)
+            else:
+                log.info("already accepted; dispatched again", action="duplicate", task_id=arrival.task_id)
+
+    def _hand_over(self, arrival: _Arrival, acceptance: Acceptance) -> None:
+        record = arrival.record(acceptance)
+        log.debug("task accepted", action="accept", task_id=arrival.task_id, task_type=arrival.kind)
+        if arrival.failure is not None:
+            self._parts.runner.reject(record, arrival.failure)
+        else:
+            self._parts.runner.enqueue(record)
+
+    async def _answer_again(self, arrival: _Arrival, answer: Acceptance) -> None:
+        """A task that succeeded here comes again: the event was lost. Say it again, unless the result is gone."""
+        event = answer.final_event or b""
+        if not _result_exists(event):
+            log.warning(
+                "done before, but its result is gone; running it again", action="duplicate", task_id=arrival.task_id
+            )
+            await self._parts.journal.forget(arrival.task_id)
+            await self._accept([arrival])
+            return
+        log.info("done before; saying so again", action="duplicate", task_id=arrival.task_id)
+        self._side_job(self._owe(arrival.task_id, event, arrival.received))
+
+    async def _owe(self, task_id: str, event: bytes, received: float) -> None:
+        number, token = await self._parts.journal.owe(task_id, event)
+        await asyncio.sleep(max(0.0, received + self._parts.min_turnaround_sec - time.monotonic()))
+        status = "SUCCEEDED" if b'"TASK_SUCCEEDED"' in event[:64] else "FAILED"
+        self._parts.publisher.task_ended(OwedEvent(number, task_id, token, event), {"status": status})
+
+    def _say_not_accepted(self, arrival: _Arrival, error: JournalError) -> None:
+        """Nothing can be made durable: say so at once, so that the task goes elsewhere."""
+        event = TaskEvent(
+            type="TASK_FAILED",
+            task_id=arrival.task_id,
+            worker_id=self._parts.worker_id,
+            error=f"the worker cannot accept tasks: {error}",
+            payload={"reason": "disk_full", "hint": "free disk space in RESULTS_DIR", "retryable": True},
+        )
+        self._parts.publisher.task_started(event, {"status": "FAILED", "error": str(error), "reason": "disk_full"})
+
+    def _claim_later(self, raw: bytes) -> None:
+        """A task for anybody: idle workers claim at once, busy ones later, and those that cannot run it last."""
+        try:
+            envelope = decode_envelope(raw, decode_head(raw))
+        except EnvelopeError as error:
+            self._count_malformed(error)
+            return
+        wait = min(self._parts.runner.open_tasks * _CLAIM_WAIT_PER_TASK_SEC, _CLAIM_WAIT_MOST_SEC)
+        if self._prepare(envelope)[1] is not None:
+            wait = _CLAIM_WAIT_UNABLE_SEC
+        self._side_job(self._claim(envelope.task_id, raw, wait))
+
+    async def _claim(self, task_id: str, raw: bytes, wait: float) -> None:
+        if wait:
+            await asyncio.sleep(wait)
+        worker_id = self._parts.worker_id.encode()
+        try:
+            async for attempt in stamina.retry_context(on=DISCONNECTED, attempts=None, timeout=_CLAIM_PATIENCE_SEC):
+                with attempt:
+                    taken = await self._parts.client.set(claim_key(task_id), worker_id, nx=True, ex=CLAIM_TTL_SEC)
+                    mine = taken or await self._parts.client.get(claim_key(task_id)) == worker_id
+        except DISCONNECTED as error:
+            log.warning("cannot claim a task", action="claim", task_id=task_id, error=str(error))
+            return
+        if mine and not self.closed:
+            self._take(raw)
+
+    def _control(self, raw: bytes) -> None:
+        try:
+            message = CancelMessage.model_validate_json(raw)
+        except ValidationError as error:
+            log.warning("control message not understood", action="control", error=validation_text(error, "message"))
+            return
+        if self._parts.runner.cancel(message.task_id):
+            log.info("cancelling", action="cancel", task_id=message.task_id)
+
+    def _count_malformed(self, error: EnvelopeError) -> None:
+        self.malformed += 1
+        log.warning(
+            "malformed task message", action="malformed", error=str(error), task_id=error.task_id, count=self.malformed
+        )
+
+    def _side_job(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._side_jobs.add(task)
+        task.add_done_callback(self._side_jobs.discard)
+
+
+def _result_exists(final_event: bytes) -> bool:
+    try:
+        path = SentEvent.model_validate_json(final_event).payload.get("result_path")
+    except ValidationError:
+        return False
+    return isinstance(path, str) and Path(path).is_file()

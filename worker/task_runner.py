@@ -1,0 +1,242 @@
+"""The order of a task's life: wait → run → end. One task runs at a time; ends are written while the next one runs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import structlog
+
+from executors.child_messages import Progress
+from executors.contract import Failure, JsonObject
+from orchestrator_client.messages import TaskEvent, decode_envelope, decode_head
+from worker.engine_end import EngineEnd, failure_of
+from worker.engine_pool import EnginePool
+from worker.event_publisher import EventPublisher
+from worker.results_folder import prepare
+from worker.settings import Settings
+from worker.task_ending import TaskEnding
+from worker.task_execution import TaskExecution
+from worker.task_journal import TaskJournal
+from worker.task_preparation import Folder, PreparedTask, RejectedError, TaskPreparation
+from worker.task_record import Outcome, Success, TaskRecord
+from worker.worker_presence import WorkerPresence
+
+_PROGRESS_EVERY_SEC: Final = 0.25
+_MOST_UNWRITTEN_ENDS: Final = 64
+"""Ended tasks whose results may be on their way to disk while the next task runs."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class RunnerParts:
+    """What the runner works with."""
+
+    settings: Settings
+    worker_id: str
+    preparation: TaskPreparation
+    pool: EnginePool
+    journal: TaskJournal
+    publisher: EventPublisher
+    presence: WorkerPresence
+
+
+class TaskRunner:
+    """Runs what was accepted, in order of acceptance."""
+
+    def __init__(self, parts: RunnerParts) -> None:
+        self._parts = parts
+        self._ending = TaskEnding(
+            parts.worker_id, parts.journal, parts.publisher, parts.settings.task_min_turnaround_ms / 1000
+        )
+        self._open: dict[str, TaskRecord] = {}
+        self._queue: deque[TaskRecord] = deque()
+        self._queued = asyncio.Event()
+        self._none_open = asyncio.Event()
+        self._none_open.set()
+        self._ends: set[asyncio.Task[None]] = set()
+        self._unwritten = asyncio.Semaphore(_MOST_UNWRITTEN_ENDS)
+        self._current: TaskExecution | None = None
+        self._current_id = ""
+        self._progress_at = 0.0
+        self._draining = False
+        self._arriving = 0
+
+    @property
+    def open_tasks(self) -> int:
+        """How many accepted tasks have not ended."""
+        return len(self._open)
+
+    def expect(self, arrivals: int) -> None:
+        """Some messages for this worker are being accepted (or, negative, have been): do not look idle meanwhile."""
+        self._arriving += arrivals
+        self._show_status()
+
+    def enqueue(self, record: TaskRecord) -> None:
+        """Take over an accepted task."""
+        self._admit(record)
+        if self._draining:
+            self._end_soon(record, failure_of(EngineEnd("worker_shutdown")), self._folder(record), record.prepared)
+            return
+        self._queue.append(record)
+        self._queued.set()
+
+    def reject(self, record: TaskRecord, failure: Failure) -> None:
+        """End an accepted task that cannot run."""
+        self._admit(record)
+        self._end_soon(record, failure, self._folder(record), None)
+
+    def cancel(self, task_id: str) -> bool:
+        """Stop a task that waits or runs; False if there is none of that id."""
+        for record in self._queue:
+            if record.task_id == task_id:
+                self._queue.remove(record)
+                self._end_soon(record, failure_of(EngineEnd("cancelled")), self._folder(record), record.prepared)
+                return True
+        if self._current is not None and self._current_id == task_id:
+            self._current.stop("cancelled")
+            return True
+        return False
+
+    async def run(self) -> None:
+        """Run tasks until cancelled."""
+        while True:
+            while not self._queue:
+                self._queued.clear()
+                await self._queued.wait()
+            record = self._queue.popleft()
+            await self._run_one(record)
+
+    async def drain(self, grace_sec: float, hurry: asyncio.Event) -> None:
+        """Take no more, give the running task its time, then stop it; returns when every task has ended."""
+        self._draining = True
+        while self._queue:
+            record = self._queue.popleft()
+            self._end_soon(record, failure_of(EngineEnd("worker_shutdown")), self._folder(record), record.prepared)
+        deadline = time.monotonic() + grace_sec
+        hurrying = asyncio.ensure_future(hurry.wait())
+        done = asyncio.ensure_future(self._none_open.wait())
+        while self._current is not None and not hurry.is_set() and time.monotonic() < deadline:
+            await asyncio.wait(
+                {hurrying, done}, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED
+            )
+            if done.done():
+                break
+        hurrying.cancel()
+        if self._current is not None:
+            self._current.stop("worker_shutdown", grace_sec=0.0)
+        await done
+
+    async def _run_one(self, record: TaskRecord) -> None:
+        try:
+            prepared = record.prepared or await self._prepare_again(record)
+        except RejectedError as error:
+            self._end_soon(record, error.failure, self._folder(record), None)
+            return
+        folder = prepared.folder
+        try:
+            for each in (folder, *prepared.child_folders.values()):
+                prepare(each.path)
+        except OSError as error:
+            text = f"cannot make the results folder {folder.path}: {error.strerror or error}"
+            failure = Failure(
+                reason="result_write", message=text, hint="check RESULTS_DIR on the worker", retryable=True
+            )
+            self._end_soon(record, failure, folder, prepared)
+            return
+        execution = TaskExecution(
+            prepared,
+            self._parts.pool,
+            self._parts.settings.worker_cancel_grace_sec,
+            lambda p: self._progress(record, p),
+        )
+        self._current, self._current_id = execution, record.task_id
+        self._parts.journal.note_start(record.task_id)
+        record.begin()
+        self._parts.presence.set_running(record.task_id)
+        self._parts.publisher.task_started(record.started_event(self._parts.worker_id), record.started_fields())
+        self._parts.presence.lifecycle("job_started", self._job(record))
+        log.info("task started", action="task_start", task_id=record.task_id, task_type=record.kind)
+        if self._draining:
+            execution.stop("worker_shutdown", grace_sec=0.0)
+        outcome = await execution.run()
+        self._current, self._current_id = None, ""
+        await self._unwritten.acquire()
+        self._end_soon(record, outcome, folder, prepared, slot=True)
+
+    async def _prepare_again(self, record: TaskRecord) -> PreparedTask:
+        """Large tasks are not kept in memory while they wait."""
+        raw = await self._parts.journal.envelope(record.task_id)
+        envelope = await asyncio.to_thread(lambda: decode_envelope(raw, decode_head(raw)))
+        return self._parts.preparation.prepare(envelope)
+
+    def _admit(self, record: TaskRecord) -> None:
+        self._open[record.task_id] = record
+        self._none_open.clear()
+        self._parts.publisher.task_changed(record.task_id, record.queued_fields(self._parts.worker_id))
+        self._show_status()
+
+    def _folder(self, record: TaskRecord) -> Folder:
+        return record.prepared.folder if record.prepared else self._parts.preparation.default_folder(record.task_id)
+
+    def _end_soon(
+        self, record: TaskRecord, outcome: Outcome, folder: Folder, prepared: PreparedTask | None, *, slot: bool = False
+    ) -> None:
+        task = asyncio.create_task(self._end(record, outcome, folder, prepared, slot=slot))
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+
+    async def _end(
+        self, record: TaskRecord, outcome: Outcome, folder: Folder, prepared: PreparedTask | None, *, slot: bool
+    ) -> None:
+        try:
+            outcome = await self._ending.end(record, outcome, folder, prepared)
+        finally:
+            if slot:
+                self._unwritten.release()
+            self._open.pop(record.task_id, None)
+            if not self._open:
+                self._none_open.set()
+        status: Literal["success", "failed"] = "success" if isinstance(outcome, Success) else "failed"
+        self._parts.presence.lifecycle(
+            "job_completed", {**self._job(record), "status": status, "objective_score": None}
+        )
+        self._show_status(record.task_id)
+
+    def _show_status(self, last_task: str = "") -> None:
+        """IDLE only while a task could be taken: nothing waits, runs, ends or arrives (WIRE 0 step 9)."""
+        if self._open or self._arriving or self._draining:
+            self._parts.presence.set_busy()
+        else:
+            self._parts.presence.set_idle(last_task)
+
+    def _progress(self, record: TaskRecord, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self._progress_at < _PROGRESS_EVERY_SEC and progress.done != progress.total:
+            return
+        self._progress_at = now
+        payload: JsonObject = {
+            "taskType": record.kind,
+            "done": progress.done,
+            "total": progress.total,
+            "unit": progress.unit,
+            "message": progress.message,
+            "metrics": {**progress.metrics},
+        }
+        fields = {
+            "progress_done": f"{progress.done:g}",
+            "progress_total": "" if progress.total is None else f"{progress.total:g}",
+            "progress_unit": progress.unit,
+            "progress_message": progress.message,
+        }
+        event = TaskEvent(
+            type="TASK_PROGRESS", task_id=record.task_id, worker_id=self._parts.worker_id, payload=payload
+        )
+        self._parts.publisher.task_progress(event, fields)
+
+    def _job(self, record: TaskRecord) -> JsonObject:
+        return {"task_id": record.task_id, "experiment_id": None}
