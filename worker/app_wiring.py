@@ -97,7 +97,6 @@ class Daemon:
             redis_host=urlsplit(self._url).hostname,
             bandwidth_bytes_per_sec=self._settings.worker_network_bandwidth_bytes_per_sec,
         )
-        await take_over(self._client, self._state.worker_id)
         await leftovers
         identity = Identity.describe(
             self._state.worker_id,
@@ -136,6 +135,8 @@ class Daemon:
         self._spawn("publisher", self._publisher.run())
         self._spawn("subscriber", subscriber.run())
         await self._either(subscribed.wait())
+        if self._stop.is_set():
+            return exit_codes.OK
         await intake.resume()
         self._spawn("intake", intake.run())
         await self._register(presence)
@@ -147,24 +148,29 @@ class Daemon:
         log.info("ready", action="ready", worker_id=self._state.worker_id, accepts=preparation.kinds())
 
         code = await self._watch()
-        await self._shut_down(intake, runner, presence)
+        if code == exit_codes.OK:
+            await self._shut_down(intake, runner, presence)
+        else:  # the journal keeps what is open; only say good-bye, so that the orchestrator need not wait for the TTL
+            await self._say_good_bye(presence)
         return code
 
     async def _reach_broker(self) -> None:
-        """Wait for the broker, however long it takes."""
+        """Wait for the broker, however long it takes; then make sure that our id is ours."""
+
+        async def attempt() -> None:
+            await check_access(self._client, self._url)
+            await take_over(self._client, self._state.worker_id)
+
         waits = pauses()
         while not self._stop.is_set():
             try:
-                await check_access(self._client, self._url)
+                await self._either(attempt())
             except DISCONNECTED as error:
                 pause = next(waits)
                 log.warning(
                     "the broker is not there yet; trying again",
-                    action="start",
-                    broker=redacted(self._url),
-                    error=str(error),
-                    pause_sec=round(pause, 2),
-                )
+                    action="start", broker=redacted(self._url), error=str(error), pause_sec=round(pause, 2),
+                )  # fmt: skip
                 await self._either(asyncio.sleep(pause))
             else:
                 return
@@ -207,12 +213,15 @@ class Daemon:
         await self._pool.close()
         if not await self._publisher.settle(_FAREWELL_SEC):
             log.warning("not everything could be announced; the journal keeps it for the next start", action="shutdown")
+        await self._say_good_bye(presence)
+        log.info("stopped", action="shutdown")
+
+    async def _say_good_bye(self, presence: WorkerPresence) -> None:
         try:
             async with asyncio.timeout(_FAREWELL_SEC):
                 await presence.unregister()
         except DISCONNECTED as error:
             log.warning("could not unregister; the registration ends by its TTL", action="shutdown", error=str(error))
-        log.info("stopped", action="shutdown")
 
     async def _prune(self) -> None:
         while True:
@@ -231,6 +240,8 @@ class Daemon:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         for task in both:
             task.cancel()
+        if both[0].done():
+            both[0].result()  # raises what went wrong in it
 
     def _on_signal(self, name: str) -> None:
         if self._stop.is_set():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
+from dataclasses import dataclass
 
 import structlog
 from pydantic import JsonValue
@@ -19,6 +20,16 @@ from worker.task_record import Outcome, Success, TaskRecord, error_text
 log = structlog.get_logger()
 
 NOT_IN_JOURNAL = -1
+
+
+@dataclass(frozen=True)
+class EndedTask:
+    """A task whose end is durable and not announced yet."""
+
+    record: TaskRecord
+    outcome: Outcome
+    folder: Folder
+    owed: OwedEvent
 
 
 class TaskEnding:
@@ -39,23 +50,21 @@ class TaskEnding:
         self._publisher = publisher
         self._min_turnaround_sec = min_turnaround_sec
 
-    async def end(self, record: TaskRecord, outcome: Outcome, folder: Folder, prepared: PreparedTask | None) -> Outcome:
-        """Write, record and announce. Returns the outcome, which is another one if the results cannot be written."""
+    async def record(
+        self, record: TaskRecord, outcome: Outcome, folder: Folder, prepared: PreparedTask | None
+    ) -> EndedTask:
+        """Write the results and make the end durable. The outcome may change: results that cannot be written fail."""
         try:
             await asyncio.to_thread(_write, record, outcome, folder, prepared)
         except OSError as error:
             log.error(
                 "cannot write results",
-                action="results",
-                task_id=record.task_id,
-                folder=str(folder.path),
-                error=str(error),
-            )
+                action="results", task_id=record.task_id, folder=str(folder.path), error=str(error),
+            )  # fmt: skip
             if isinstance(outcome, Success):
                 outcome = _unwritten(folder, error)
         record.finish(outcome)
-        event = record.final_event(self._worker_id, outcome, folder)
-        body = event.encode()
+        body = record.final_event(self._worker_id, outcome, folder).encode()
         try:
             state: State = "succeeded" if isinstance(outcome, Success) else "failed"
             number = await self._journal.end(record.task_id, record.dispatch, state, body)
@@ -65,24 +74,26 @@ class TaskEnding:
                 "the end of a task is not in the journal", action="journal", task_id=record.task_id, error=str(error)
             )
             number = NOT_IN_JOURNAL
+        return EndedTask(record, outcome, folder, OwedEvent(number, record.task_id, record.dispatch, body))
+
+    async def announce(self, ended: EndedTask) -> None:
+        """Say it, but not sooner than `min_turnaround_sec` after the receipt."""
+        record, outcome = ended.record, ended.outcome
         early = record.received + self._min_turnaround_sec - time.monotonic()
         if early > 0:
             await asyncio.sleep(early)
-        owed = OwedEvent(number, record.task_id, record.dispatch, body)
-        self._publisher.task_ended(owed, record.final_fields(outcome, folder))
+        self._publisher.task_ended(ended.owed, record.final_fields(outcome, ended.folder))
         if isinstance(outcome, Success):
             log.info(
                 "task succeeded",
-                action="task_end",
-                task_id=record.task_id,
-                run_sec=round(outcome.run_sec, 3),
+                action="task_end", task_id=record.task_id, run_sec=round(outcome.run_sec, 3),
                 engine="warm" if outcome.warm else "cold",
-            )
+            )  # fmt: skip
         else:
             log.warning(
-                "task failed", action="task_end", task_id=record.task_id, reason=outcome.reason, error=outcome.message
-            )
-        return outcome
+                "task failed",
+                action="task_end", task_id=record.task_id, reason=outcome.reason, error=outcome.message,
+            )  # fmt: skip
 
 
 def _unwritten(folder: Folder, error: OSError) -> Failure:

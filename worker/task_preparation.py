@@ -173,6 +173,9 @@ class TaskPreparation:
         folders: dict[str, Folder] = {}
         failed: dict[str, FailedChild] = {}
         for child in _merged(envelope):
+            if child.task_id in {envelope.task_id, *folders, *failed}:
+                text = f"merged_children: the task_id {child.task_id!r} occurs twice"
+                raise RejectedError(Failure(reason="bad_spec", message=text, hint="give each task its own id"))
             try:
                 if child.spec is None:
                     raise BadSpecError(f"merged_children: the spec of {child.task_id} is missing")

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import structlog
 
@@ -20,7 +20,7 @@ from worker.results_folder import prepare
 from worker.settings import Settings
 from worker.task_ending import TaskEnding
 from worker.task_execution import TaskExecution
-from worker.task_journal import TaskJournal
+from worker.task_journal import JournalError, TaskJournal
 from worker.task_preparation import Folder, PreparedTask, RejectedError, TaskPreparation
 from worker.task_record import Outcome, Success, TaskRecord
 from worker.worker_presence import WorkerPresence
@@ -137,6 +137,12 @@ class TaskRunner:
         except RejectedError as error:
             self._end_soon(record, error.failure, self._folder(record), None)
             return
+        except JournalError as error:
+            failure = Failure(
+                reason="disk_full", message=str(error), hint="check RESULTS_DIR on the worker", retryable=True
+            )
+            self._end_soon(record, failure, self._folder(record), None)
+            return
         folder = prepared.folder
         try:
             for each in (folder, *prepared.child_folders.values()):
@@ -194,14 +200,21 @@ class TaskRunner:
         self, record: TaskRecord, outcome: Outcome, folder: Folder, prepared: PreparedTask | None, *, slot: bool
     ) -> None:
         try:
-            outcome = await self._ending.end(record, outcome, folder, prepared)
+            try:
+                ended = await self._ending.record(record, outcome, folder, prepared)
+            finally:
+                if slot:
+                    self._unwritten.release()
+            await self._ending.announce(ended)
+        except Exception:
+            # A fault of ours. The journal still has the task, so the next start of the daemon ends it.
+            log.exception("a task could not be ended", action="task_end", task_id=record.task_id)
+            raise
         finally:
-            if slot:
-                self._unwritten.release()
             self._open.pop(record.task_id, None)
             if not self._open:
                 self._none_open.set()
-        status: Literal["success", "failed"] = "success" if isinstance(outcome, Success) else "failed"
+        status = "success" if isinstance(ended.outcome, Success) else "failed"
         self._parts.presence.lifecycle(
             "job_completed", {**self._job(record), "status": status, "objective_score": None}
         )

@@ -37,12 +37,12 @@ def closed_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_nobody_listens(client):
+def test_nobody_listens(client: TaskClient):
     assert client.submit(TaskOrder(ECHO)) == 0
     assert client.cancel("t") == 0
 
 
-def test_envelope_is_what_workers_decode(client, server):
+def test_envelope_is_what_workers_decode(client: TaskClient, server: redis.Redis):
     with server.pubsub() as pubsub:
         pubsub.subscribe("tasks")
         assert pubsub.get_message(timeout=5)["type"] == "subscribe"
@@ -63,7 +63,7 @@ def test_nan_is_never_sent():
         TaskOrder({"spec": {"x": float("nan")}}).encode()
 
 
-def test_cancel_message(client, server):
+def test_cancel_message(client: TaskClient, server: redis.Redis):
     with server.pubsub() as pubsub:
         pubsub.subscribe("tasks.control")
         assert pubsub.get_message(timeout=5)["type"] == "subscribe"
@@ -71,7 +71,7 @@ def test_cancel_message(client, server):
         assert json.loads(pubsub.get_message(timeout=5)["data"]) == {"type": "CANCEL", "task_id": "t-1"}
 
 
-def test_task_state(client, server):
+def test_task_state(client: TaskClient, server: redis.Redis):
     assert client.task("t") is None
     server.hset("task:t", mapping={"status": "running", "worker_id": "w", "progress_done": "2", "progress_total": "8"})
     state = client.task("t")
@@ -79,7 +79,7 @@ def test_task_state(client, server):
     assert (state.progress.done, state.progress.total) == (2, 8)
 
 
-def test_hostile_task_hash(client, server):
+def test_hostile_task_hash(client: TaskClient, server: redis.Redis):
     server.hset(
         "task:t",
         mapping={
@@ -102,13 +102,13 @@ def test_hostile_task_hash(client, server):
     assert not state.ended
 
 
-def test_task_key_of_another_type(client, server):
+def test_task_key_of_another_type(client: TaskClient, server: redis.Redis):
     server.set("task:t", "a string")
     with pytest.raises(BrokerRefusedError, match="WRONGTYPE"):
         client.task("t")
 
 
-def test_workers(client, server):
+def test_workers(client: TaskClient, server: redis.Redis):
     assert client.workers() == []
     server.sadd("workers:ids", "b-alive", "a-stale", "c-endless", "d-string", b"\xff")
     server.hset(
@@ -140,7 +140,7 @@ def test_workers(client, server):
     assert found["d-string"].status == "UNREADABLE"
 
 
-def test_events_of_one_task_only(client, server):
+def test_events_of_one_task_only(client: TaskClient, server: redis.Redis):
     with client.events("mine") as events:
         for body in (b"junk", b"[1]", b'{"type": 1}', b'{"type":"TASK_FAILED","task_id":"other"}'):
             server.publish("tasks.events", body)
@@ -154,7 +154,7 @@ def test_events_of_one_task_only(client, server):
         assert events.next(0.05) is None
 
 
-def test_events_survive_a_lost_connection(client, server):
+def test_events_survive_a_lost_connection(client: TaskClient, server: redis.Redis):
     with client.events("t") as events:
         server.client_kill_filter(_type="pubsub")
         with pytest.raises(BrokerUnreachableError):
@@ -164,7 +164,7 @@ def test_events_survive_a_lost_connection(client, server):
         assert events.next(5).type == "TASK_STARTED"
 
 
-def test_nothing_answers(closed_port):
+def test_nothing_answers(closed_port: int):
     with (
         TaskClient(f"redis://user:secret@127.0.0.1:{closed_port}/0", topic="tasks") as client,
         pytest.raises(BrokerUnreachableError) as caught,
@@ -175,19 +175,19 @@ def test_nothing_answers(closed_port):
 
 
 @pytest.mark.parametrize("option", ["foo=1", "socket_timeout=soon"])
-def test_unusable_address(closed_port, option):
+def test_unusable_address(closed_port: int, option: str):
     with pytest.raises(BrokerRefusedError, match="cannot be used"):
         TaskClient(f"redis://127.0.0.1:{closed_port}/0?{option}", topic="tasks")
 
 
-def test_wrong_password(broker_url):
+def test_wrong_password(broker_url: str):
     url = broker_url.replace("redis://", "redis://nobody:secret@")
     with TaskClient(url, topic="tasks") as client, pytest.raises(BrokerRefusedError) as caught:
         client.task("t")
     assert "secret" not in str(caught.value)
 
 
-def test_probe_of_a_good_broker(broker_url, server):
+def test_probe_of_a_good_broker(broker_url: str, server: redis.Redis):
     report = probe_broker(broker_url, "tasks")
     assert report.version.startswith("valkey ")
     assert report.denied == ()
@@ -197,7 +197,7 @@ def test_probe_of_a_good_broker(broker_url, server):
     assert server.keys("*") == []
 
 
-def test_probe_of_a_user_without_rights(broker_url, server):
+def test_probe_of_a_user_without_rights(broker_url: str, server: redis.Redis):
     server.acl_setuser(
         "weak", enabled=True, passwords=["+pw"], categories=["+@all"], keys=["task:*"], channels=["tasks"]
     )
