@@ -60,7 +60,6 @@ class TextGeneration(Executor[InferenceSpec]):
         task.report.log("info", f"loading {task.spec.model.source.identifier}")
         self._loaded = load_model(task.spec, task.policy)
         task.report.log("info", f"loaded on {self._loaded.device} as {self._loaded.dtype}")
-        task.report.raise_if_cancelled()
 
     def run(self, task: ExecutorTask[InferenceSpec]) -> TaskOutput:
         """Answer every prompt of the task and of its children.

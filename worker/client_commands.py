@@ -22,7 +22,7 @@ from worker import demo_run, doctor_checks, exit_codes
 from worker.settings import SettingsError, read_broker_settings
 from worker.state_tables import show_findings, show_outcome, show_task, show_workers
 from worker.task_files import TaskFileError, load_task
-from worker.task_watch import NotTakenError, StillRunningError, WatchView, submit_order, wait_for_end
+from worker.task_watch import NotTakenError, StillRunningError, submit_order, wait_for_end
 from worker.text_screen import complain, say
 from worker.watch_views import watch_view
 
@@ -218,19 +218,15 @@ def _client(broker: str) -> TaskClient:
 
 def _submit(client: TaskClient, order: TaskOrder, *, wait: bool, timeout_sec: float | None) -> TaskState:
     with client.events(order.task_id) as events, watch_view() as view:
-        state = submit_order(client, order, events, view)
-        if not wait or state.ended:
-            return state
-        view.status(f"task {order.task_id} is taken by {state.worker_id}")
         try:
+            state = submit_order(client, order, events, view)
+            if not wait or state.ended:
+                return state
+            view.status(f"task {order.task_id} is taken by {state.worker_id}")
             return wait_for_end(client, order.task_id, events, view, timeout_sec=timeout_sec)
         except KeyboardInterrupt:
-            _say_it_goes_on(view, order.task_id)
+            view.note(f"no longer waiting; the task goes on. Stop it: flowmesh-worker cancel {order.task_id}")
             raise
-
-
-def _say_it_goes_on(view: WatchView, task_id: str) -> None:
-    view.note(f"no longer waiting; the task goes on. Stop it: flowmesh-worker cancel {task_id}")
 
 
 def _require_worker(client: TaskClient, worker_id: str) -> None:

@@ -32,7 +32,7 @@ WORKER_ID: Final = "demo-worker"
 TOPIC: Final = "tasks"
 PROMPTS: Final = (
     "What is the capital of France?",
-    "Name three colours of the rainbow.",
+    "What is the opposite of hot?",
     "Write one short sentence about the sea.",
     "What do plants need to grow?",
 )
