@@ -7,6 +7,7 @@ the daemon is gone the order stream ends, and the process ends with everything i
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import queue
 import signal
@@ -29,9 +30,9 @@ from executors.child_messages import (
     TaskFailed,
     to_engine,
 )
-from executors.contract import EnginePolicy, Executor, ExecutorTask, LogLevel, MergedChild
+from executors.contract import EnginePolicy, Executor, ExecutorTask, LogLevel, MergedChild, TaskOutput
 from executors.errors import TaskCancelledError
-from executors.failure_report import verdict_on
+from executors.failure_report import encodable, verdict_on
 
 
 class Channel:
@@ -45,8 +46,12 @@ class Channel:
 
     def send(self, message: Loaded | Progress | LogLine | TaskDone | TaskFailed) -> None:
         """Send one message; blocks while the daemon is slow to read."""
+        self.send_line(message.encode())
+
+    def send_line(self, line: bytes) -> None:
+        """Send one encoded message."""
         with self._lock:
-            self._socket.sendall(message.encode())
+            self._socket.sendall(line)
 
 
 class Report:
@@ -67,13 +72,22 @@ class Report:
         metrics: dict[str, float] | None = None,
     ) -> None:
         """See `RunReport.progress`."""
+        # Training reports a loss of NaN when it diverges; the channel is JSON, which has no such number.
+        known = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
         self._channel.send(
-            Progress(task_id=self._task_id, done=done, total=total, unit=unit, message=message, metrics=metrics or {})
+            Progress(
+                task_id=self._task_id,
+                done=done if math.isfinite(done) else 0.0,
+                total=total if total is not None and math.isfinite(total) else None,
+                unit=unit,
+                message=encodable(message),
+                metrics=known,
+            )
         )
 
     def log(self, level: LogLevel, message: str) -> None:
         """See `RunReport.log`."""
-        self._channel.send(LogLine(task_id=self._task_id, level=level, message=message))
+        self._channel.send(LogLine(task_id=self._task_id, level=level, message=encodable(message)))
 
     @property
     def cancelled(self) -> bool:
@@ -111,17 +125,18 @@ class Engine:
                 self._channel.send(Loaded(task_id=order.task_id, load_sec=time.monotonic() - began))
                 report.raise_if_cancelled()
             began = time.monotonic()
-            output = self._executor.run(task)
-            answer: TaskDone | TaskFailed = TaskDone(
-                task_id=order.task_id, output=output, run_sec=time.monotonic() - began
-            )
+            output: object = self._executor.run(task)
+            if not isinstance(output, TaskOutput):
+                name = type(self._executor).__name__
+                raise TypeError(f"{name}.run returned {type(output).__name__}, expected a TaskOutput")
+            answer = TaskDone(task_id=order.task_id, output=output, run_sec=time.monotonic() - began).encode()
         except Exception as error:  # noqa: BLE001 - whatever an executor raises is the task's failure, not the process's end
             traceback.print_exc()
             verdict = verdict_on(error)
             usable = verdict.engine_usable and self._loaded
-            answer = TaskFailed(task_id=order.task_id, failure=verdict.failure, engine_usable=usable)
+            answer = TaskFailed(task_id=order.task_id, failure=verdict.failure, engine_usable=usable).encode()
         sys.stdout.flush()
-        self._channel.send(answer)
+        self._channel.send_line(answer)
 
     def _task(self, order: RunTask, report: Report) -> ExecutorTask[Any]:
         spec_type = self._executor.spec_type

@@ -22,9 +22,10 @@ class Verdict:
 
 def verdict_on(error: Exception) -> Verdict:  # noqa: PLR0911 - one return for each kind of ending reads best
     """Sort one exception."""
-    text = f"{type(error).__name__}: {error}"
+    text = encodable(f"{type(error).__name__}: {error}")
     if isinstance(error, ExecutorError):
-        failure = Failure(reason=error.reason, message=error.message, hint=error.hint, retryable=error.retryable)
+        message, hint = encodable(error.message), encodable(error.hint)
+        failure = Failure(reason=error.reason, message=message, hint=hint, retryable=error.retryable)
         return Verdict(failure, engine_usable=True)
     # torch.OutOfMemoryError, recognised by name so that torch is not imported here.
     if type(error).__name__ == "OutOfMemoryError":
@@ -46,6 +47,11 @@ def verdict_on(error: Exception) -> Verdict:  # noqa: PLR0911 - one return for e
         Failure(reason="executor_error", message=text, hint="the traceback is in the task's logs/engine.log"),
         engine_usable=True,
     )
+
+
+def encodable(text: str) -> str:
+    """The text without lone surrogates, which UTF-8 does not know and a broken tokenizer or file name can give."""
+    return text.encode(errors="replace").decode()
 
 
 def _broken(reason: Reason, message: str, hint: str, *, retryable: bool) -> Verdict:

@@ -58,7 +58,7 @@ def _pool(url: str, *, connections: int) -> ConnectionPool:
 
 def command_client(url: str) -> aioredis.Redis:
     """A client for commands. Connects at the first use; raises `DISCONNECTED` errors instead of retrying."""
-    return aioredis.Redis(connection_pool=_pool(url, connections=8))
+    return aioredis.Redis.from_pool(_pool(url, connections=8))  # closes the pool with itself
 
 
 def subscriber_connection(url: str) -> AbstractConnection:

@@ -241,6 +241,8 @@ class EventPublisher:
 
 
 def _set_task(pipe: Pipeline, task_id: str, fields: Mapping[str, str]) -> None:
+    if not fields:
+        return
     key = task_key(task_id)
     mapping: dict[Any, Any] = dict(fields)  # redis-py's own type is invariant and wider
     pipe.hset(key, mapping=mapping)
