@@ -69,7 +69,7 @@ class LiveWorker:
                     return heard.at
 
     def run_one(self, task_id: str, spec: Mapping[str, object], within_sec: float = 300.0) -> float:
-        """Run one task; returns the seconds from its publication to TASK_SUCCEEDED.
+        """Run one task and wait for IDLE; returns the seconds from its publication to TASK_SUCCEEDED.
 
         Raises:
             BenchError: it failed or did not end.
@@ -78,13 +78,15 @@ class LiveWorker:
         started = time.perf_counter()
         self.link.send("PUBLISH", "tasks", envelope)
         deadline = started + within_sec
-        ended = 0.0
-        while not ended:
+        ended, idle = 0.0, False
+        while not ended or not idle:
             for heard in self.events.read(deadline):
                 if b'"TASK_FAILED"' in heard.body:
                     raise BenchError(f"a task failed: {heard.body.decode()}")
                 if b'"TASK_SUCCEEDED"' in heard.body and task_id.encode() in heard.body:
                     ended = heard.at
+                elif ended and is_idle(heard.body):
+                    idle = True
         self.link.replies(1, deadline)
         return ended - started
 

@@ -26,7 +26,6 @@ def measure(broker: Broker, *, tasks: int, rounds: int) -> list[Row]:
     """Median of some rounds."""
     with running_worker(broker, "throughput") as worker:
         worker.run_one("warm-up", ECHO)
-        worker.wait_idle()
         rates = [burst(worker, f"round{number}", tasks) for number in range(rounds)]
     name = f"no-op tasks, {tasks:,} queued"
     rate = statistics.median(rates)

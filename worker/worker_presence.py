@@ -211,7 +211,7 @@ class WorkerPresence:
     def _add_beat(self, pipe: Pipeline, metrics: JsonObject) -> None:
         who = self._identity
         self._add_fields(pipe, {"status": self.status, "last_seen": now_iso(), "gaps": str(self.gaps)})
-        pipe.setex(heartbeat_key(who.worker_id), heartbeat_ttl_sec(who.interval_sec), now_iso())
+        pipe.set(heartbeat_key(who.worker_id), now_iso(), ex=heartbeat_ttl_sec(who.interval_sec))
         self._add_event(
             pipe, WorkerEvent(type="HEARTBEAT", worker_id=who.worker_id, status=self.status, metrics=metrics)
         )
