@@ -71,20 +71,15 @@ def open_dataset(data: DataSection, shard: ShardSection, policy: EnginePolicy, s
     Args:
         data: the section `data` of type `dataset`.
         shard: which part to take.
-        policy: where files may be read from, and whether remote code may run.
+        policy: where files may be read from.
         scratch: an existing folder for the temporary copy of local files.
 
     Raises:
-        BadSpecError: a path outside the allowed roots, remote code that is not allowed, a folder without data files.
+        BadSpecError: a path outside the allowed roots, a folder without data files.
         BadDataError: the data set cannot be found or read.
         MissingLibraryError: `datasets` is not installed.
     """
     url = data.url or ""
-    if data.trust_remote_code and not policy.allow_remote_code:
-        raise BadSpecError(
-            "spec.data.trust_remote_code is true, but this worker runs no code from repositories",
-            hint="Remove it, or set WORKER_ALLOW_REMOTE_CODE=1 at the worker.",
-        )
     local = find_local(url, "spec.data.url", policy)
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".dataset-") as cache:
         dataset = _load_hub(data) if local is None else _load_files(local, data, policy, cache)

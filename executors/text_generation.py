@@ -72,7 +72,7 @@ class TextGeneration(Executor[InferenceSpec]):
         loaded = self._current_model(task)
         task.report.raise_if_cancelled()
         own = _prepare(loaded, task.spec, task.policy, task.out_dir)
-        warnings = [*_option_warnings(task.spec), *own.warnings]
+        warnings = [*_option_warnings(task.spec, task.policy), *own.warnings]
         children: dict[str, _Prepared] = {}
         outputs: dict[str, ChildOutput] = {}
         for child in task.children:
@@ -108,9 +108,13 @@ class TextGeneration(Executor[InferenceSpec]):
         return self._loaded
 
 
-def _option_warnings(spec: InferenceSpec) -> list[str]:
+def _option_warnings(spec: InferenceSpec, policy: EnginePolicy) -> list[str]:
     options = spec.inference
     warnings = []
+    if (spec.trusts_remote_code or spec.data.trust_remote_code) and not policy.allow_remote_code:
+        warnings.append(
+            "trust_remote_code has no effect: this worker runs no code of models (WORKER_ALLOW_REMOTE_CODE)"
+        )
     if options.n not in {None, 1}:
         warnings.append(f"spec.inference.n is {options.n}, but this engine gives one output for each prompt")
     if options.logprobs:

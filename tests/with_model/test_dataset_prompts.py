@@ -173,12 +173,6 @@ def test_an_unknown_hub_name_without_network(tmp_path: Path):
     assert "WORKER_ALLOWED_ROOTS" in caught.value.hint
 
 
-def test_remote_code_needs_the_operators_leave(tmp_path: Path):
-    with pytest.raises(BadSpecError) as caught:
-        read(tmp_path, "acme/set", trust_remote_code=True)
-    assert "WORKER_ALLOW_REMOTE_CODE" in caught.value.hint
-
-
 def test_an_unknown_suffix_is_refused(tmp_path: Path):
     (tmp_path / "a.bin").write_bytes(b"x")
     with pytest.raises(BadSpecError, match=r"\.jsonl"):

@@ -1,7 +1,9 @@
 """Loading, with a tiny random model and with bad ones."""
 
+import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,10 +96,30 @@ def test_weights_written_anew_are_loaded_anew(tiny_dir: Path, tmp_path: Path, ta
     assert executor._loaded.context_tokens == 32
 
 
-def test_remote_code_needs_the_operators_leave(tiny_dir: Path):
-    with pytest.raises(BadSpecError) as caught:
-        load_model(spec_for(tiny_dir, trust_remote_code=True), policy_for(tiny_dir))
+def test_a_models_own_code_does_not_run_without_the_operators_leave(tiny_dir: Path, tmp_path: Path):
+    folder = tmp_path / "with-code"
+    shutil.copytree(tiny_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "unheard-of", "auto_map": {"AutoConfig": "code_of_the_author.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code_of_the_author.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: ...\n")
+
+    with pytest.raises(ModelLoadError) as caught:
+        load_model(spec_for(folder, trust_remote_code=True), policy_for(folder))
+
     assert "WORKER_ALLOW_REMOTE_CODE" in caught.value.hint
+    assert not (tmp_path / "ran").exists()
+
+
+def test_asking_for_remote_code_without_need_is_only_a_warning(tiny_dir: Path, task_with: TaskMaker):
+    task = task_with(tiny_dir, ["x"], max_tokens=1)
+    model = task.spec.model
+    asking = model.model_copy(update={"source": model.source.model_copy(update={"trust_remote_code": True})})
+    executor = TextGeneration()
+    task = replace(task, spec=task.spec.model_copy(update={"model": asking}))
+    executor.load(task)
+
+    assert any("WORKER_ALLOW_REMOTE_CODE" in warning for warning in executor.run(task).warnings)
 
 
 def test_cuda_without_a_gpu_is_a_clear_error(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch):
