@@ -115,4 +115,4 @@ class EngineOutput(asyncio.Protocol):
         if self._allowance >= 1:
             self._allowance -= 1
             text = line.decode(errors="replace")[:_LONGEST_LINE]
-            log.debug(text, action="engine_output", task_id=self._task_id)
+            log.info(text, action="engine_output", task_id=self._task_id)

@@ -38,6 +38,8 @@ class EnginePool:
         self._setup = setup
         self._idle_ttl_sec = idle_ttl_sec
         self._slots: dict[str, _Slot] = {}
+        self._changing = asyncio.Lock()
+        """Held while engines start or end: the accelerator's memory is free only when the old process is gone."""
 
     async def acquire(self, entry: CatalogEntry, key: str) -> tuple[EngineProcess, bool]:
         """Give an engine for `key` to one task, and whether it is warm. Replaces others where it has to."""
@@ -45,9 +47,10 @@ class EnginePool:
         if slot is not None and slot.engine.alive:
             slot.busy = True
             return slot.engine, True
-        await self._make_room(key, exclusive=entry.exclusive)
-        engine = await EngineProcess.start(key, entry.target, self._setup)
-        self._slots[key] = _Slot(engine, entry.exclusive)
+        async with self._changing:
+            await self._make_room(key, exclusive=entry.exclusive)
+            engine = await EngineProcess.start(key, entry.target, self._setup)
+            self._slots[key] = _Slot(engine, entry.exclusive)
         return engine, False
 
     async def release(self, engine: EngineProcess, *, keep: bool) -> None:
@@ -60,7 +63,8 @@ class EnginePool:
             slot.idle_since = time.monotonic()
         else:
             del self._slots[engine.key]
-            await engine.stop(gently=engine.alive)
+            async with self._changing:
+                await engine.stop(gently=engine.alive)
 
     async def end_idle(self) -> None:
         """End engines whose time is up, for ever; run it as a task of its own."""
@@ -73,7 +77,8 @@ class EnginePool:
                 if not slot.busy and (slot.idle_since < oldest_allowed or not slot.engine.alive):
                     del self._slots[key]
                     log.info("engine was idle", action="engine_idle", engine=key, ttl_sec=self._idle_ttl_sec)
-                    await slot.engine.stop()
+                    async with self._changing:
+                        await slot.engine.stop()
 
     async def close(self) -> None:
         """End all engines."""

@@ -23,11 +23,13 @@ from redis.asyncio.client import Pipeline
 
 from orchestrator_client.channels import TASK_EVENTS, TASK_STATUS_TTL_SEC, task_key
 from orchestrator_client.connection import DISCONNECTED, pauses
-from orchestrator_client.messages import TaskEvent
+from orchestrator_client.messages import SentEvent, TaskEvent
 from worker.task_journal import OwedEvent, TaskJournal
 
 _MOST_AT_ONCE: Final = 200
 _LISTENER_CHECK_SEC: Final = 1.0
+_COMMANDS_PER_END: Final = 3
+"""Two for the hash, one for the event."""
 
 _ANNOUNCE: Final = """
 if redis.call('HGET', KEYS[1], 'announced') == ARGV[1] then return -1 end
@@ -219,11 +221,13 @@ class EventPublisher:
             while events := await self._journal.owed(_MOST_AT_ONCE):
                 async with self._client.pipeline(transaction=False) as pipe:
                     for owed in events:
+                        _set_task(pipe, owed.task_id, _shown_end(owed))  # its last words may have been lost too
                         _announce(pipe, owed)
                     replies = await pipe.execute(raise_on_error=False)
                 self._complain(replies)
+                answers = replies[_COMMANDS_PER_END - 1 :: _COMMANDS_PER_END]
                 heard = [
-                    owed.seq for owed, reply in zip(events, replies, strict=True) if isinstance(reply, int) and reply
+                    owed.seq for owed, reply in zip(events, answers, strict=True) if isinstance(reply, int) and reply
                 ]
                 self._journal.heard(heard)
                 log.info("owed events delivered", action="publish", count=len(heard))
@@ -247,6 +251,15 @@ def _set_task(pipe: Pipeline, task_id: str, fields: Mapping[str, str]) -> None:
     mapping: dict[Any, Any] = dict(fields)  # redis-py's own type is invariant and wider
     pipe.hset(key, mapping=mapping)
     pipe.expire(key, TASK_STATUS_TTL_SEC)
+
+
+def _shown_end(owed: OwedEvent) -> dict[str, str]:
+    """What the hash `task:<id>` shows of an end, read back from its event."""
+    event = SentEvent.model_validate_json(owed.event)
+    names = ("reason", "hint", "result_path", "finished_at", "engine")
+    fields = {name: value for name in names if isinstance(value := event.payload.get(name), str)}
+    status = event.type.removeprefix("TASK_")
+    return {"task_id": owed.task_id, "worker_id": event.worker_id, "status": status, "error": event.error or ""} | fields
 
 
 def _announce(pipe: Pipeline, owed: OwedEvent) -> None:

