@@ -45,6 +45,8 @@ class Daemon:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        """Parts that must run until the end; if one ends, the daemon is broken."""
+        self._side_tasks: set[asyncio.Task[None]] = set()
         adopt_orphans()
         self._gpus = GpuReader(settings.cuda_visible_devices)
         self._client = command_client(self._url)
@@ -74,9 +76,10 @@ class Daemon:
         try:
             return await self._live()
         finally:
-            for task in self._tasks.values():
+            ending = [*self._tasks.values(), *self._side_tasks]
+            for task in ending:
                 task.cancel()
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            await asyncio.gather(*ending, return_exceptions=True)
             await self._pool.close()
             await self._journal.close()
             self._gpus.close()
@@ -127,7 +130,7 @@ class Daemon:
         async def on_subscribed() -> None:
             if subscribed.is_set():  # after a gap the broker may have forgotten us, or have been flushed
                 presence.gaps = subscriber.gaps
-                self._spawn("beat after a gap", _quietly(presence.beat()), may_end=True)
+                self._spawn_side(_quietly(presence.beat()))
             subscribed.set()
 
         subscriber = Subscriber(self._url, (self._settings.task_topic, TASK_CONTROL), intake.on_message, on_subscribed)
@@ -143,7 +146,7 @@ class Daemon:
         runner.expect(0)  # says IDLE, or RUNNING when tasks were resumed
         self._spawn("runner", runner.run())
         self._spawn("heartbeat", presence.beat_forever())
-        self._spawn("idle engines", self._pool.end_idle(), may_end=True)
+        self._spawn("idle engines", self._pool.end_idle())
         self._spawn("pruning", self._prune())
         log.info("ready", action="ready", worker_id=self._state.worker_id, accepts=preparation.kinds())
 
@@ -228,11 +231,13 @@ class Daemon:
             await self._journal.prune()
             await asyncio.sleep(_PRUNE_EVERY_SEC)
 
-    def _spawn(self, name: str, work: Coroutine[None, None, None], *, may_end: bool = False) -> None:
-        task = asyncio.create_task(work, name=name)
-        self._tasks[name] = task
-        if may_end:
-            task.add_done_callback(lambda _: self._tasks.pop(name, None))
+    def _spawn(self, name: str, work: Coroutine[None, None, None]) -> None:
+        self._tasks[name] = asyncio.create_task(work, name=name)
+
+    def _spawn_side(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._side_tasks.add(task)
+        task.add_done_callback(self._side_tasks.discard)
 
     async def _either(self, work: Coroutine[None, None, object]) -> None:
         """Wait for something, or for the signal to stop."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Final
@@ -68,11 +69,10 @@ class EnginePool:
 
     async def end_idle(self) -> None:
         """End engines whose time is up, for ever; run it as a task of its own."""
-        if not self._idle_ttl_sec:
-            return
+        ttl_sec = self._idle_ttl_sec or math.inf
         while True:
-            await asyncio.sleep(min(_LONGEST_IDLE_CHECK_SEC, self._idle_ttl_sec / 4))
-            oldest_allowed = time.monotonic() - self._idle_ttl_sec
+            await asyncio.sleep(min(_LONGEST_IDLE_CHECK_SEC, ttl_sec / 4))
+            oldest_allowed = time.monotonic() - ttl_sec
             for key, slot in list(self._slots.items()):
                 if not slot.busy and (slot.idle_since < oldest_allowed or not slot.engine.alive):
                     del self._slots[key]

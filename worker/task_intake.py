@@ -247,10 +247,14 @@ class TaskIntake:
         self._side_job(self._owe(arrival.task_id, event, arrival.received))
 
     async def _owe(self, task_id: str, event: bytes, received: float) -> None:
-        number, token = await self._parts.journal.owe(task_id, event)
-        await asyncio.sleep(max(0.0, received + self._parts.min_turnaround_sec - time.monotonic()))
-        status = "SUCCEEDED" if b'"TASK_SUCCEEDED"' in event[:64] else "FAILED"
-        self._parts.publisher.task_ended(OwedEvent(number, task_id, token, event), {"status": status})
+        self._parts.runner.expect(1)  # IDLE is said after the event
+        try:
+            number, token = await self._parts.journal.owe(task_id, event)
+            await asyncio.sleep(max(0.0, received + self._parts.min_turnaround_sec - time.monotonic()))
+            status = "SUCCEEDED" if b'"TASK_SUCCEEDED"' in event[:64] else "FAILED"
+            self._parts.publisher.task_ended(OwedEvent(number, task_id, token, event), {"status": status})
+        finally:
+            self._parts.runner.expect(-1)
 
     def _say_not_accepted(self, arrival: _Arrival, error: JournalError) -> None:
         """Nothing can be made durable: say so at once, so that the task goes elsewhere."""
@@ -276,8 +280,9 @@ class TaskIntake:
         self._side_job(self._claim(envelope.task_id, raw, wait))
 
     async def _claim(self, task_id: str, raw: bytes, wait: float) -> None:
-        if wait:
-            await asyncio.sleep(wait)
+        await asyncio.sleep(wait)
+        if self.closed:
+            return
         worker_id = self._parts.worker_id.encode()
         try:
             async for attempt in stamina.retry_context(on=DISCONNECTED, attempts=None, timeout=_CLAIM_PATIENCE_SEC):
@@ -287,7 +292,7 @@ class TaskIntake:
         except DISCONNECTED as error:
             log.warning("cannot claim a task", action="claim", task_id=task_id, error=str(error))
             return
-        if mine and not self.closed:
+        if mine:
             self._take(raw)
 
     def _control(self, raw: bytes) -> None:

@@ -77,6 +77,7 @@ class WorkerPresence:
         self._started = time.monotonic()
         self._started_at = now_iso()
         self._registered = False
+        self._measuring = asyncio.Lock()
         self.status: Status = "STARTING"
         self.gaps = 0
         self._task_id = ""
@@ -134,7 +135,8 @@ class WorkerPresence:
         Raises:
             DISCONNECTED: the broker is away.
         """
-        metrics = await asyncio.to_thread(self._metrics)  # NVML can take seconds
+        async with self._measuring:
+            metrics = await asyncio.to_thread(self._metrics)  # NVML can take seconds
         own_key = worker_key(self._identity.worker_id)
 
         def build(pipe: Pipeline) -> None:
