@@ -103,7 +103,7 @@ class BrokerLink:
 
 
 class Subscription(BrokerLink):
-    """A connection that hears channels. `last_status` is not kept: callers look at the bodies they wait for."""
+    """A connection that hears channels."""
 
     def __init__(self, port: int, channels: tuple[str, ...], check: Callable[[], None] = lambda: None) -> None:
         super().__init__(port, check)
@@ -149,4 +149,5 @@ class Subscription(BrokerLink):
 
 def packed(*words: Word) -> bytes:
     """One command as bytes."""
-    return hiredis.pack_command(words)
+    command: bytes = hiredis.pack_command(words)  # type: ignore[arg-type]  # its stub allows one word only
+    return command

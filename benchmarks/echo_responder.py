@@ -14,6 +14,8 @@ from pathlib import Path
 
 import hiredis
 
+from benchmarks.broker_link import packed
+
 
 class Responder(asyncio.Protocol):
     """Hears questions, commits each, answers through another connection.
@@ -31,7 +33,7 @@ class Responder(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Subscribe."""
         if isinstance(transport, asyncio.WriteTransport):
-            transport.write(hiredis.pack_command(("SUBSCRIBE", "bench.ask")))
+            transport.write(packed("SUBSCRIBE", "bench.ask"))
 
     def data_received(self, data: bytes) -> None:
         """Answer what has come."""
@@ -39,7 +41,7 @@ class Responder(asyncio.Protocol):
         while (reply := self._reader.gets()) is not False:
             if reply[0] == b"message":
                 self._database.execute("INSERT INTO kept (body) VALUES (?)", (reply[2],))
-            self._out.write(hiredis.pack_command(("PUBLISH", "bench.answer", reply[2])))
+            self._out.write(packed("PUBLISH", "bench.answer", reply[2]))
 
 
 async def serve(port: int, file: Path) -> None:

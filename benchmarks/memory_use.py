@@ -21,8 +21,8 @@ def measure(broker: Broker, *, tasks: int) -> list[Row]:
         burst(worker, "m", tasks)
         used = _megabytes(worker.process.pid)
     return [
-        against_target("idle memory (RSS), fresh", fresh["rss"], "<", _TARGET_MB, "MB", fresh),
-        against_target(f"idle memory (RSS), after {tasks:,} tasks", used["rss"], "<", _TARGET_MB, "MB", used),
+        against_target("idle memory (RSS), fresh", fresh["rss"], ("<", _TARGET_MB), "MB", fresh),
+        against_target(f"idle memory (RSS), after {tasks:,} tasks", used["rss"], ("<", _TARGET_MB), "MB", used),
     ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+Bound = Literal["<", "<=", ">="]
 Verdict = Literal["met", "missed", "beside"]
 """`beside`: a comparison without a target; the table shows the ratio."""
 
@@ -22,7 +23,7 @@ class Row:
         theirs: the comparison figure or the target.
         unit: of both.
         verdict: see `Verdict`.
-        bound: how a target is to be read: `<` below it, `>` above it, empty for a mere comparison.
+        bound: how a target is to be read; empty for a mere comparison.
         details: more figures, for the JSON file and for the line below the table.
     """
 
@@ -37,16 +38,17 @@ class Row:
 
 
 def against_target(
-    name: str, ours: float, bound: Literal["<", "<=", ">="], target: float, unit: str, details: dict[str, float] | None = None
+    name: str, ours: float, target: tuple[Bound, float], unit: str, details: dict[str, float] | None = None
 ) -> Row:
     """Compare with a target of DESIGN section 7."""
-    met = {"<": ours < target, "<=": ours <= target, ">=": ours >= target}[bound]
-    return Row(name, "target", ours, target, unit, "met" if met else "missed", bound, details or {})
+    bound, limit = target
+    met = {"<": ours < limit, "<=": ours <= limit, ">=": ours >= limit}[bound]
+    return Row(name, "target", ours, limit, unit, "met" if met else "missed", bound, details or {})
 
 
-def beside(name: str, compared_with: str, ours: float, theirs: float, unit: str, details: dict[str, float] | None = None) -> Row:
-    """Compare with something measured in the same run."""
-    return Row(name, compared_with, ours, theirs, unit, "beside", "", details or {})
+def beside(name: str, other: tuple[str, float], ours: float, unit: str, details: dict[str, float] | None = None) -> Row:
+    """Compare with something else: what it is, and its figure."""
+    return Row(name, other[0], ours, other[1], unit, "beside", "", details or {})
 
 
 def table(rows: Sequence[Row]) -> str:

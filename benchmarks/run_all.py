@@ -34,12 +34,8 @@ def measurements(*, quick: bool) -> dict[str, Measurement]:
     return {
         "start": partial(start_time.measure, starts=3 if quick else 7),
         "memory": partial(memory_use.measure, tasks=500 if quick else 2000),
-        "latency": partial(
-            dispatch_latency.measure, back_to_back=100 if quick else 500, paced=20 if quick else 80
-        ),
-        "throughput": partial(
-            noop_throughput.measure, tasks=500 if quick else 2000, rounds=1 if quick else 3
-        ),
+        "latency": partial(dispatch_latency.measure, back_to_back=100 if quick else 500, paced=20 if quick else 80),
+        "throughput": partial(noop_throughput.measure, tasks=500 if quick else 2000, rounds=1 if quick else 3),
         "inference": partial(inference_overhead.measure, pairs=1 if quick else 3),
     }
 
@@ -69,8 +65,8 @@ def main(arguments: list[str]) -> int:
         if row.details:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in row.details.items())
             print(f"{row.name} ({row.compared_with}), {row.unit}: {figures}")
-    for name, error in broken.items():
-        print(f"BROKEN  {name}: {error}", file=sys.stderr)
+    for name, reason in broken.items():
+        print(f"BROKEN  {name}: {reason}", file=sys.stderr)
     if options.json:
         report = {"machine": facts, "rows": [asdict(row) for row in rows], "broken": broken}
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ the daemon is gone the order stream ends, and the process ends with everything i
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import math
 import os
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
+from typing import Any, Final
 
 from executors.catalog import CatalogEntry, executor_class
 from executors.child_messages import (
@@ -33,6 +34,8 @@ from executors.child_messages import (
 from executors.contract import EnginePolicy, Executor, ExecutorTask, LogLevel, MergedChild, TaskOutput
 from executors.errors import TaskCancelledError
 from executors.failure_report import encodable, verdict_on
+
+_PR_SET_PDEATHSIG: Final = 1
 
 
 class Channel:
@@ -125,10 +128,7 @@ class Engine:
                 self._channel.send(Loaded(task_id=order.task_id, load_sec=time.monotonic() - began))
                 report.raise_if_cancelled()
             began = time.monotonic()
-            output: object = self._executor.run(task)
-            if not isinstance(output, TaskOutput):
-                name = type(self._executor).__name__
-                raise TypeError(f"{name}.run returned {type(output).__name__}, expected a TaskOutput")
+            output = self._checked(self._executor.run(task))
             answer = TaskDone(task_id=order.task_id, output=output, run_sec=time.monotonic() - began).encode()
         except Exception as error:  # noqa: BLE001 - whatever an executor raises is the task's failure, not the process's end
             traceback.print_exc()
@@ -137,6 +137,12 @@ class Engine:
             answer = TaskFailed(task_id=order.task_id, failure=verdict.failure, engine_usable=usable).encode()
         sys.stdout.flush()
         self._channel.send_line(answer)
+
+    def _checked(self, output: object) -> TaskOutput:
+        if not isinstance(output, TaskOutput):
+            name = type(self._executor).__name__
+            raise TypeError(f"{name}.run returned {type(output).__name__}, expected a TaskOutput")
+        return output
 
     def _task(self, order: RunTask, report: Report) -> ExecutorTask[Any]:
         spec_type = self._executor.spec_type
@@ -159,9 +165,18 @@ def _end_group() -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
+def _end_with_daemon() -> None:
+    """Have the kernel kill this process when the daemon dies.
+
+    The reader thread sees that too, but it cannot run while an extension module holds the interpreter.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def main() -> None:
     """Serve orders until the daemon closes the channel."""
     faulthandler.enable()
+    _end_with_daemon()
     channel = Channel(int(sys.argv[1]))
     start = to_engine.validate_json(channel.lines.readline())
     if not isinstance(start, StartEngine):

@@ -19,7 +19,6 @@ class EchoTask(Executor[EchoSpec]):
 
     def run(self, task: ExecutorTask[EchoSpec]) -> TaskOutput:
         """Return `{"ok": true, "echo": <spec>}` (WIRE 5.2)."""
-        task.report.progress(1, 1)
         return TaskOutput(
             result={"ok": True, "echo": task.spec.model_dump(mode="json", by_alias=True, exclude_unset=True)}
         )

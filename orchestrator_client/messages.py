@@ -137,6 +137,9 @@ class CancelMessage(_In):
 class SentEvent(_In):
     """The part of an event that is read back from the journal."""
 
+    type: str = ""
+    worker_id: str = ""
+    error: str | None = None
     payload: JsonObject = Field(default_factory=dict)
 
 

@@ -37,6 +37,7 @@ class Subscriber:
         channels: what to subscribe to.
         on_message: called for each message with channel and body, in order; must not block.
         on_subscribed: awaited after each (re-)subscription has been confirmed, before the first message.
+        on_lost: called when the subscription is lost, or could not be made; must not block.
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class Subscriber:
         channels: tuple[str, ...],
         on_message: Callable[[str, bytes], None],
         on_subscribed: Callable[[], Awaitable[None]],
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self._url = url
         self._channels = channels
         self._on_message = on_message
         self._on_subscribed = on_subscribed
+        self._on_lost = on_lost
         self.gaps = 0
         """How often the subscription was interrupted: each time, messages may have been missed."""
 
@@ -69,6 +72,7 @@ class Subscriber:
                 await self._on_subscribed()
                 await self._read(connection)
             except (TimeoutError, RedisError, OSError) as error:
+                self._on_lost()
                 pause = next(waits)
                 log.warning(
                     "subscription lost, reconnecting",

@@ -130,10 +130,17 @@ class Daemon:
         async def on_subscribed() -> None:
             if subscribed.is_set():  # after a gap the broker may have forgotten us, or have been flushed
                 presence.gaps = subscriber.gaps
+                presence.set_listening(listening=True)
                 self._spawn_side(_quietly(presence.beat()))
             subscribed.set()
 
-        subscriber = Subscriber(self._url, (self._settings.task_topic, TASK_CONTROL), intake.on_message, on_subscribed)
+        subscriber = Subscriber(
+            self._url,
+            (self._settings.task_topic, TASK_CONTROL),
+            intake.on_message,
+            on_subscribed,
+            lambda: presence.set_listening(listening=not subscribed.is_set()),
+        )
         # Subscribe before anybody is told of us: whoever sees this worker may send to it at once (WIRE 0, 9.3).
         self._spawn("publisher", self._publisher.run())
         self._spawn("subscriber", subscriber.run())
@@ -214,6 +221,9 @@ class Daemon:
         self._tasks.pop("subscriber").cancel()
         await runner.drain(self._settings.shutdown_grace_sec, self._hurry)
         await self._pool.close()
+        # A beat that overtakes the farewell would bring the registration back, and nothing would end it.
+        for beat in (self._tasks.pop("heartbeat"), *self._side_tasks):
+            beat.cancel()
         if not await self._publisher.settle(_FAREWELL_SEC):
             log.warning("not everything could be announced; the journal keeps it for the next start", action="shutdown")
         await self._say_good_bye(presence)

@@ -29,6 +29,7 @@ class EngineOutput(asyncio.Protocol):
         self.last_heard = time.monotonic()
         self._partial = b""
         self._tail: deque[bytes] = deque(maxlen=_TAIL_LINES)
+        self._path: Path | None = None
         self._file: BinaryIO | None = None
         self._written = 0
         self._task_id: str | None = None
@@ -41,8 +42,8 @@ class EngineOutput(asyncio.Protocol):
         self.drain()
         self._tail.clear()
         self._task_id = task_id
-        self._file = path.open("ab")
-        self._written = self._file.tell()
+        self._path = path
+        self._written = 0
 
     def detach(self) -> None:
         """Stop writing to the task's log, after everything printed so far is in it."""
@@ -53,6 +54,7 @@ class EngineOutput(asyncio.Protocol):
         if self._file is not None:
             self._file.close()
         self._file = None
+        self._path = None
         self._task_id = None
 
     def tail(self) -> tuple[str, ...]:
@@ -81,23 +83,25 @@ class EngineOutput(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Called by asyncio for each piece of output."""
         self.last_heard = time.monotonic()
-        if self._file is not None:
-            self._keep(data)
+        if self._path is not None:
+            self._keep(self._path, data)
         lines = (self._partial + data).split(b"\n")
         self._partial = lines.pop()[-_LONGEST_LINE * 4 :]
         for line in lines:
             self._line(line)
 
-    def _keep(self, data: bytes) -> None:
-        assert self._file is not None  # noqa: S101 - the caller checked
+    def _keep(self, path: Path, data: bytes) -> None:
         room = _LOG_FILE_LIMIT - self._written
         if room <= 0:
             return
         try:
+            if self._file is None:  # at the first output: most short tasks print nothing
+                self._file = path.open("ab")
+                self._written = self._file.tell()
             self._file.write(data[:room])
-            self._file.flush()
             if len(data) >= room:
                 self._file.write(b"\n[log limit of 64 MiB reached; the rest is dropped]\n")
+            self._file.flush()
         except OSError as error:
             log.warning("cannot write the task's log", action="engine_output", task_id=self._task_id, error=str(error))
             self._written = _LOG_FILE_LIMIT

@@ -216,7 +216,8 @@ class EventPublisher:
         try:
             ((_, listeners),) = await self._client.pubsub_numsub(TASK_EVENTS)
             self.connected = True
-            if not listeners:
+            # Who listens by pattern is not in that number; whether the pattern fits shows when we publish.
+            if not listeners and not await self._client.pubsub_numpat():
                 return
             while events := await self._journal.owed(_MOST_AT_ONCE):
                 async with self._client.pipeline(transaction=False) as pipe:
@@ -259,7 +260,8 @@ def _shown_end(owed: OwedEvent) -> dict[str, str]:
     names = ("reason", "hint", "result_path", "finished_at", "engine")
     fields = {name: value for name in names if isinstance(value := event.payload.get(name), str)}
     status = event.type.removeprefix("TASK_")
-    return {"task_id": owed.task_id, "worker_id": event.worker_id, "status": status, "error": event.error or ""} | fields
+    fields |= {"task_id": owed.task_id, "worker_id": event.worker_id, "status": status, "error": event.error or ""}
+    return fields
 
 
 def _announce(pipe: Pipeline, owed: OwedEvent) -> None:

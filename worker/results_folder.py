@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal
@@ -76,23 +78,61 @@ def prepare(folder: Path) -> None:
     Raises:
         OSError: it cannot be made.
     """
-    (folder / LOGS).mkdir(parents=True, exist_ok=True)
-    (folder / ARTIFACTS).mkdir(exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in (LOGS, ARTIFACTS):
+        with contextlib.suppress(FileExistsError):
+            (folder / name).mkdir()
 
 
-def write_result(folder: Path, task_id: str, result: dict[str, JsonValue], required: tuple[str, ...]) -> None:
-    """Write `responses.json`, then the manifest. Blocks on the disk: call it in a thread.
+@dataclass(frozen=True)
+class ResultToWrite:
+    """One task's (or merged child's) result.
 
-    Raises:
-        OSError: the disk is full or the folder cannot be written.
+    Attributes:
+        folder: where it goes.
+        task_id: whose it is.
+        result: becomes `responses.json`.
+        required: names that its sender wants to see in the manifest.
     """
-    prepare(folder)
-    # NaN and infinity become null: no JSON of ours may hold them (WIRE, hard rules).
-    content = to_json(result, indent=2, inf_nan_mode="null")
-    write_whole(folder / RESULT_FILE, content)
-    known = {RESULT_FILE: hashlib.sha256(content).hexdigest()}
-    manifest = _manifest(folder, task_id, required, known)
-    write_whole(folder / MANIFEST_FILE, manifest.model_dump_json(indent=2, exclude_none=True).encode())
+
+    folder: Path
+    task_id: str
+    result: dict[str, JsonValue]
+    required: tuple[str, ...]
+
+
+def write_results(results: Sequence[ResultToWrite]) -> list[OSError | None]:
+    """Write `responses.json`, then the manifest, of each result; in order, and each file whole or not at all.
+
+    All files are written before the first is synced: one commit of the file system then serves many of them. Blocks on
+    the disk: call it in a thread.
+
+    Returns:
+        For each result the error that kept it from being written, or None.
+    """
+    errors: list[OSError | None] = [None] * len(results)
+    staged: list[tuple[int, _StagedFile]] = []
+    for number, result in enumerate(results):
+        try:
+            staged += [(number, file) for file in _stage_result(result)]
+        except OSError as error:
+            errors[number] = error
+    for step in (_StagedFile.sync, _StagedFile.publish):
+        for number, file in staged:
+            if errors[number] is None:
+                try:
+                    step(file)
+                except OSError as error:
+                    errors[number] = error
+    for number, file in staged:
+        if errors[number] is not None:
+            file.discard()
+    return errors
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -101,49 +141,115 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; nothing half-written is left.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    file = _StagedFile(path, content)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
+        file.sync()
+        file.publish()
+    except OSError:
+        file.discard()
         raise
 
 
-def _manifest(folder: Path, task_id: str, required: tuple[str, ...], known: dict[str, str]) -> Manifest:
-    must = sorted({*_ALWAYS, *(_declared(name) for name in required)} - {"", MANIFEST_FILE})
-    present = sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
-    extra = [name for name in present if name not in must and name != MANIFEST_FILE]
-    entries = [_entry(folder, name, required=True, known=known) for name in must]
-    entries += [_entry(folder, name, required=False, known=known) for name in extra]
-    return Manifest(task_id=task_id, generated_at=now_iso(), entries=entries)
+class _StagedFile:
+    """A file under a temporary name beside its place, until `publish`."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self._path = path
+        self._temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+        self._descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            view = memoryview(content)
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+        except OSError:
+            self.discard()
+            raise
+
+    def sync(self) -> None:
+        os.fsync(self._descriptor)
+
+    def publish(self) -> None:
+        os.close(self._descriptor)
+        self._descriptor = -1
+        self._temporary.rename(self._path)
+
+    def discard(self) -> None:
+        """Leave nothing behind, whatever happened before."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
+            self._descriptor = -1
+        with contextlib.suppress(OSError):
+            self._temporary.unlink()
+
+
+def _stage_result(result: ResultToWrite) -> list[_StagedFile]:
+    prepare(result.folder)
+    # NaN and infinity become null: no JSON of ours may hold them (WIRE, hard rules).
+    content = to_json(result.result, indent=2, inf_nan_mode="null")
+    responses = _StagedFile(result.folder / RESULT_FILE, content)
+    try:
+        manifest = _manifest(result, content)
+        body = manifest.model_dump_json(indent=2, exclude_none=True).encode()
+        return [responses, _StagedFile(result.folder / MANIFEST_FILE, body)]
+    except OSError:
+        responses.discard()
+        raise
+
+
+def _manifest(result: ResultToWrite, content: bytes) -> Manifest:
+    must = sorted({*_ALWAYS, *(_declared(name) for name in result.required)} - {"", MANIFEST_FILE})
+    with os.scandir(result.folder) as found:
+        present = {entry.name: entry for entry in found if not entry.name.startswith(".")}
+    extra = sorted(present.keys() - {*must, RESULT_FILE, MANIFEST_FILE})
+    now = now_iso()
+    entries = []
+    for name in (*must, *extra):
+        required = name in must
+        if name == RESULT_FILE:
+            digest = hashlib.sha256(content).hexdigest()
+            entry = ManifestEntry(
+                name=name, path=name, type="result", required=True, status="present",
+                updated_at=now, size=len(content), sha256=digest,
+            )  # fmt: skip
+        elif (there := present.get(name)) is not None:
+            entry = _entry(Path(there.path), name, required=required)
+        elif "/" in name and _confined(result.folder, name):
+            entry = _entry(result.folder / name, name, required=required)
+        else:
+            entry = ManifestEntry(name=name, path=name, type=_type(name), required=required, status="missing")
+        entries.append(entry)
+    return Manifest(task_id=result.task_id, generated_at=now, entries=entries)
 
 
 def _declared(name: str) -> str:
     return name.strip().removesuffix("/").removeprefix("./")
 
 
-def _entry(folder: Path, name: str, *, required: bool, known: dict[str, str]) -> ManifestEntry:
-    path = folder / name
-    entry = ManifestEntry(name=name, path=name, type=_type(name), required=required, status="missing")
-    if not path.resolve().is_relative_to(folder.resolve()) or not path.exists():
-        return entry  # a declared name like ../x names nothing of this task
-    facts = path.stat()
-    entry = entry.model_copy(update={"status": "present", "updated_at": _iso(facts.st_mtime)})
-    if path.is_dir():
+def _confined(folder: Path, name: str) -> bool:
+    """Whether a declared name with slashes is an existing thing below the folder."""
+    path = (folder / name).resolve()
+    return path.is_relative_to(folder.resolve()) and path.exists()
+
+
+def _entry(path: Path, name: str, *, required: bool) -> ManifestEntry:
+    """Describe something that exists; a link is described, not followed."""
+    facts = path.lstat()
+    sizes, digest = None, None
+    if stat.S_ISDIR(facts.st_mode):
         sizes = [file.lstat().st_size for file in _files(path)]
-        return entry.model_copy(update={"size": sum(sizes), "file_count": len(sizes)})
-    return entry.model_copy(update={"size": facts.st_size, "sha256": known.get(name) or _digest(path)})
+    elif stat.S_ISREG(facts.st_mode):
+        digest = _digest(path)
+    return ManifestEntry(
+        name=name, path=name, type=_type(name), required=required, status="present",
+        updated_at=datetime.fromtimestamp(facts.st_mtime, UTC).isoformat(),
+        size=facts.st_size if sizes is None else sum(sizes),
+        sha256=digest,
+        file_count=None if sizes is None else len(sizes),
+    )  # fmt: skip
 
 
 def _type(name: str) -> Literal["result", "logs", "artifact", "directory"]:
-    if name == RESULT_FILE:
-        return "result"
     if name == LOGS:
         return "logs"
     return "artifact" if name.startswith(f"{ARTIFACTS}/") or Path(name).suffix else "directory"
@@ -160,7 +266,3 @@ def _digest(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _iso(timestamp: float) -> str:
-    return datetime.fromtimestamp(timestamp, UTC).isoformat()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 from pydantic import JsonValue
 
 from executors.contract import Failure, JsonObject
 from worker.event_publisher import EventPublisher
-from worker.results_folder import write_result
+from worker.results_folder import ResultToWrite, write_results
 from worker.task_journal import JournalError, OwedEvent, State, TaskJournal
 from worker.task_preparation import Folder, PreparedTask
 from worker.task_record import Outcome, Success, TaskRecord, error_text
@@ -20,6 +20,7 @@ from worker.task_record import Outcome, Success, TaskRecord, error_text
 log = structlog.get_logger()
 
 NOT_IN_JOURNAL = -1
+_MOST_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,19 @@ class EndedTask:
     owed: OwedEvent
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """An outcome whose results are to be written."""
+
+    record: TaskRecord
+    outcome: Outcome
+    folder: Folder
+    prepared: PreparedTask | None
+    ended: asyncio.Future[EndedTask]
+
+
 class TaskEnding:
-    """Brings tasks to their end.
+    """Brings tasks to their end. Those that end while others are being written share the next turn on the disk.
 
     Args:
         worker_id: this worker.
@@ -49,14 +61,37 @@ class TaskEnding:
         self._journal = journal
         self._publisher = publisher
         self._min_turnaround_sec = min_turnaround_sec
+        self._waiting: list[_Waiting] = []
+        self._writing: asyncio.Task[None] | None = None
 
     async def record(
         self, record: TaskRecord, outcome: Outcome, folder: Folder, prepared: PreparedTask | None
     ) -> EndedTask:
         """Write the results and make the end durable. The outcome may change: results that cannot be written fail."""
-        try:
-            await asyncio.to_thread(_write, record, outcome, folder, prepared)
-        except OSError as error:
+        ended: asyncio.Future[EndedTask] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(record, outcome, folder, prepared, ended))
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.create_task(self._write_waiting())
+        return await ended
+
+    async def _write_waiting(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting[:_MOST_AT_ONCE], self._waiting[_MOST_AT_ONCE:]
+            try:
+                errors = await asyncio.to_thread(_write, batch)
+                ends = await self._make_durable(
+                    [self._end(each, error) for each, error in zip(batch, errors, strict=True)]
+                )
+            except Exception as error:  # noqa: BLE001 - whoever waits gets it
+                for each in batch:
+                    each.ended.set_exception(error)
+            else:
+                for each, end in zip(batch, ends, strict=True):
+                    each.ended.set_result(end)
+
+    def _end(self, each: _Waiting, error: OSError | None) -> EndedTask:
+        record, outcome, folder = each.record, each.outcome, each.folder
+        if error is not None:
             log.error(
                 "cannot write results",
                 action="results", task_id=record.task_id, folder=str(folder.path), error=str(error),
@@ -64,17 +99,20 @@ class TaskEnding:
             if isinstance(outcome, Success):
                 outcome = _unwritten(folder, error)
         record.finish(outcome)
-        body = record.final_event(self._worker_id, outcome, folder).encode()
+        event = record.final_event(self._worker_id, outcome, folder).encode()
+        return EndedTask(record, outcome, folder, OwedEvent(NOT_IN_JOURNAL, record.task_id, record.dispatch, event))
+
+    async def _make_durable(self, ends: list[EndedTask]) -> list[EndedTask]:
+        entries: list[tuple[OwedEvent, State]] = [
+            (end.owed, "succeeded" if isinstance(end.outcome, Success) else "failed") for end in ends
+        ]
         try:
-            state: State = "succeeded" if isinstance(outcome, Success) else "failed"
-            number = await self._journal.end(record.task_id, record.dispatch, state, body)
+            numbers = await self._journal.end(entries)
         except JournalError as error:
-            # The end is not durable, but saying nothing would lose the task for certain.
-            log.error(
-                "the end of a task is not in the journal", action="journal", task_id=record.task_id, error=str(error)
-            )
-            number = NOT_IN_JOURNAL
-        return EndedTask(record, outcome, folder, OwedEvent(number, record.task_id, record.dispatch, body))
+            # The ends are not durable, but saying nothing would lose the tasks for certain.
+            log.error("ends of tasks are not in the journal", action="journal", tasks=len(ends), error=str(error))
+            return ends
+        return [replace(end, owed=replace(end.owed, seq=number)) for end, number in zip(ends, numbers, strict=True)]
 
     async def announce(self, ended: EndedTask) -> None:
         """Say it, but not sooner than `min_turnaround_sec` after the receipt."""
@@ -106,21 +144,38 @@ def _unwritten(folder: Folder, error: OSError) -> Failure:
     )
 
 
-def _write(record: TaskRecord, outcome: Outcome, folder: Folder, prepared: PreparedTask | None) -> None:
-    """Children first, then the task itself: whoever sees the parent's result finds the children's."""
+def _write(batch: list[_Waiting]) -> list[OSError | None]:
+    """Write all results of some tasks. Returns each task's first error."""
+    results: list[ResultToWrite] = []
+    owner: list[int] = []
+    for number, each in enumerate(batch):
+        own = _results(each)
+        results += own
+        owner += [number] * len(own)
+    errors: list[OSError | None] = [None] * len(batch)
+    for number, error in zip(owner, write_results(results), strict=True):
+        errors[number] = errors[number] or error
+    return errors
+
+
+def _results(each: _Waiting) -> list[ResultToWrite]:
+    """A task's results. Children first: whoever sees the parent's result finds the children's."""
+    record, outcome, prepared = each.record, each.outcome, each.prepared
     timings = _timings(record, outcome)
     warnings: list[JsonValue] = [*(prepared.warnings if prepared else [])]
+    children: list[ResultToWrite] = []
     if isinstance(outcome, Success):
         warnings += outcome.output.warnings
         if prepared is not None:
-            _write_children(outcome, prepared, timings)
+            children = _children(outcome, prepared, timings)
         result = {**outcome.output.result, "task_id": record.task_id, "timings": timings, "warnings": warnings}
     else:
         result = {**failed_result(record.task_id, outcome), "timings": timings, "warnings": warnings}
-    write_result(folder.path, record.task_id, result, folder.required)
+    return [*children, ResultToWrite(each.folder.path, record.task_id, result, each.folder.required)]
 
 
-def _write_children(outcome: Success, prepared: PreparedTask, timings: JsonObject) -> None:
+def _children(outcome: Success, prepared: PreparedTask, timings: JsonObject) -> list[ResultToWrite]:
+    results = []
     for child_id, folder in prepared.child_folders.items():
         output = outcome.output.children.get(child_id)
         if output is not None and output.result is not None:
@@ -132,9 +187,11 @@ def _write_children(outcome: Success, prepared: PreparedTask, timings: JsonObjec
                 reason="executor_error", message=f"the executor returned nothing for merged child {child_id}"
             )
             result = failed_result(child_id, silent)
-        write_result(folder.path, child_id, result, folder.required)
+        results.append(ResultToWrite(folder.path, child_id, result, folder.required))
     for child_id, failed in prepared.failed_children.items():
-        write_result(failed.folder.path, child_id, failed_result(child_id, failed.failure), failed.folder.required)
+        result = failed_result(child_id, failed.failure)
+        results.append(ResultToWrite(failed.folder.path, child_id, result, failed.folder.required))
+    return results
 
 
 def failed_result(task_id: str, failure: Failure) -> JsonObject:

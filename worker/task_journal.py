@@ -12,11 +12,13 @@ returns only after its commit (WAL, synchronous FULL).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import sqlite3
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ ResultT = TypeVar("ResultT")
 
 KEEP_ENDED_SEC: Final = 7 * 24 * 3600
 """How long an ended task is remembered, so that a repeated dispatch is answered and not run again."""
+_LATER_SEC: Final = 1.0
 KEEP_OWED_SEC: Final = 24 * 3600
 """How long an event waits for somebody to listen."""
 
@@ -100,6 +103,8 @@ class TaskJournal:
         self._path = path
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._later: deque[_Job] = deque()
+        """What nobody waits for: it joins the next commit, or has its own after a second."""
         self._connection = _open(path)
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self._thread.start()
@@ -113,19 +118,18 @@ class TaskJournal:
 
     def note_start(self, task_id: str) -> None:
         """Count one start; it need not be durable before the start itself."""
-        self._jobs.put(
-            _Job(lambda db: db.execute("UPDATE tasks SET starts = starts + 1 WHERE task_id = ?", (task_id,)), None)
-        )
+        query = "UPDATE tasks SET starts = starts + 1 WHERE task_id = ?"
+        self._later.append(_Job(lambda db: db.execute(query, (task_id,)), None))
 
-    async def end(self, task_id: str, dispatch: str, state: State, final_event: bytes) -> int:
-        """Record how a task ended, and that its final event is owed. Returns the event's number."""
+    async def end(self, ends: list[tuple[OwedEvent, State]]) -> list[int]:
+        """Record how tasks ended, and that their final events are owed. Returns the events' numbers."""
 
-        def work(db: sqlite3.Connection) -> int:
-            db.execute(
+        def work(db: sqlite3.Connection) -> list[int]:
+            db.executemany(
                 "UPDATE tasks SET state = ?, ended_at = ?, final_event = ?, envelope = NULL WHERE task_id = ?",
-                (state, time.time(), final_event, task_id),
+                [(state, time.time(), owed.event, owed.task_id) for owed, state in ends],
             )
-            return _owe(db, task_id, dispatch, final_event)
+            return [_owe(db, owed.task_id, owed.token, owed.event) for owed, _ in ends]
 
         return await self._do(work)
 
@@ -140,7 +144,8 @@ class TaskJournal:
 
     def heard(self, numbers: list[int]) -> None:
         """Forget owed events that have been heard. Need not be durable: publishing again has no effect."""
-        self._jobs.put(_Job(lambda db: db.executemany("DELETE FROM owed WHERE seq = ?", [(n,) for n in numbers]), None))
+        query = "DELETE FROM owed WHERE seq = ?"
+        self._later.append(_Job(lambda db: db.executemany(query, [(number,) for number in numbers]), None))
 
     async def owed(self, limit: int) -> list[OwedEvent]:
         """The oldest events that are still owed."""
@@ -183,16 +188,19 @@ class TaskJournal:
         return await future  # type: ignore[return-value]  # the future carries what `work` returned
 
     def _write(self) -> None:
-        while True:
-            jobs = [self._jobs.get()]
+        open_for_more = True
+        while open_for_more:
+            jobs: list[_Job | None] = []
+            with contextlib.suppress(queue.Empty):
+                jobs.append(self._jobs.get(timeout=_LATER_SEC))
             while not self._jobs.empty():
                 jobs.append(self._jobs.get())
-            batch = [job for job in jobs if job is not None]
+            open_for_more = None not in jobs
+            batch = [self._later.popleft() for _ in range(len(self._later))]
+            batch += [job for job in jobs if job is not None]
             if batch:
                 self._commit(batch)
                 self._loop.call_soon_threadsafe(_answer, batch)
-            if len(batch) < len(jobs):
-                return
 
     def _commit(self, batch: list[_Job]) -> None:
         db = self._connection

@@ -80,6 +80,7 @@ class WorkerPresence:
         self._measuring = asyncio.Lock()
         self.status: Status = "STARTING"
         self.gaps = 0
+        self._listening = True
         self._task_id = ""
         self._last_task = ""
 
@@ -97,6 +98,12 @@ class WorkerPresence:
             return
         self._registered = True
         log.info("registered", action="register", worker_id=self._identity.worker_id, status=self.status)
+
+    def set_listening(self, *, listening: bool) -> None:
+        """Whether tasks would reach us now. While not, nobody may think us IDLE: what is sent then is lost."""
+        if listening != self._listening:
+            self._listening = listening
+            self._publisher.say(lambda pipe: self._add_status(pipe, {}, {}))
 
     def set_running(self, task_id: str) -> None:
         """A task begins."""
@@ -210,19 +217,23 @@ class WorkerPresence:
         task: JsonObject = {"task_id": self._task_id} if self._task_id else {}
         self._add_status(pipe, task, {})
 
+    @property
+    def _shown(self) -> Status:
+        return "STARTING" if self.status == "IDLE" and not self._listening else self.status
+
     def _add_beat(self, pipe: Pipeline, metrics: JsonObject) -> None:
         who = self._identity
-        self._add_fields(pipe, {"status": self.status, "last_seen": now_iso(), "gaps": str(self.gaps)})
+        self._add_fields(pipe, {"status": self._shown, "last_seen": now_iso(), "gaps": str(self.gaps)})
         pipe.set(heartbeat_key(who.worker_id), now_iso(), ex=heartbeat_ttl_sec(who.interval_sec))
         self._add_event(
-            pipe, WorkerEvent(type="HEARTBEAT", worker_id=who.worker_id, status=self.status, metrics=metrics)
+            pipe, WorkerEvent(type="HEARTBEAT", worker_id=who.worker_id, status=self._shown, metrics=metrics)
         )
-        self._add_lifecycle(pipe, "heartbeat", {"status": self.status})
+        self._add_lifecycle(pipe, "heartbeat", {"status": self._shown})
 
     def _add_status(self, pipe: Pipeline, payload: JsonObject, fields: Mapping[str, str]) -> None:
         who = self._identity
-        self._add_fields(pipe, {"status": self.status, "last_seen": now_iso(), **fields})
-        self._add_event(pipe, WorkerEvent(type="STATUS", worker_id=who.worker_id, status=self.status, payload=payload))
+        self._add_fields(pipe, {"status": self._shown, "last_seen": now_iso(), **fields})
+        self._add_event(pipe, WorkerEvent(type="STATUS", worker_id=who.worker_id, status=self._shown, payload=payload))
 
     def _add_farewell(self, pipe: Pipeline) -> None:
         who = self._identity

@@ -22,7 +22,7 @@ LONG_SEC = 600
 Act = Literal[
     "fine", "raise", "executor_error", "no_memory", "sys_exit", "os_exit", "kill", "segfault", "interrupt", "thread",
     "hang", "hang_gil", "obey", "quiet", "chatty", "flood", "garbage", "half_close", "close", "impostor",
-    "grandchild", "grandchild_exit", "stopped", "not_output", "not_json", "surrogate", "nan", "huge", "environment",
+    "grandchild", "grandchild_exit", "grandchild_hang", "stopped", "not_output", "not_json", "surrogate", "nan", "huge", "environment",
     "progress", "files", "sleep", "signal_handler", "long_line",
 ]  # fmt: skip
 
@@ -193,13 +193,18 @@ def _close(task: Task) -> None:
 
 def _grandchild(task: Task) -> None:
     """Leave a process in a session of its own, which the process group does not hold."""
-    left = subprocess.Popen(["sleep", str(LONG_SEC)], start_new_session=True)
+    left = subprocess.Popen(["/bin/sleep", str(LONG_SEC)], start_new_session=True)
     (task.out_dir / "artifacts" / "grandchild").write_text(str(left.pid))
 
 
 def _grandchild_exit(task: Task) -> None:
     _grandchild(task)
     os._exit(5)
+
+
+def _grandchild_hang(task: Task) -> None:
+    _grandchild(task)
+    _hang(task)
 
 
 def _stopped(task: Task) -> None:

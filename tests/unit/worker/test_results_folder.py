@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.results_folder import choose_folder, prepare, write_result, write_whole
+from worker.results_folder import ResultToWrite, choose_folder, prepare, write_results, write_whole
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,27 @@ def test_an_absolute_path_under_an_allowed_root_is_kept(tmp_path: Path):
     results, other = tmp_path / "results", tmp_path / "other"
 
     assert choose_folder("t1", str(other / "x"), results, (other,)) == (other / "x" / "t1", "")
+
+
+def write_result(folder: Path, task_id: str, result: dict[str, object], required: tuple[str, ...]) -> None:
+    assert write_results([ResultToWrite(folder, task_id, result, required)]) == [None]
+
+
+def test_one_result_that_cannot_be_written_keeps_no_other_back(tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    wanted = [ResultToWrite(tmp_path / name, name, {"n": name}, ()) for name in ("a", "file", "b")]
+
+    first, second, third = write_results(wanted)
+
+    assert (first, third) == (None, None)
+    assert isinstance(second, FileExistsError | NotADirectoryError)
+    assert json.loads((tmp_path / "b" / "responses.json").read_text()) == {"n": "b"}
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "artifacts",
+        "logs",
+        "manifest.json",
+        "responses.json",
+    ]
 
 
 def test_a_result_is_indented_utf8_without_nan(tmp_path: Path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.task_journal import JournalError, TaskJournal, owes_anything
+from worker.task_journal import JournalError, OwedEvent, State, TaskJournal, owes_anything
 
 
 @pytest.fixture
@@ -16,6 +16,11 @@ async def journal(tmp_path: Path):
     journal = TaskJournal(tmp_path / "journal.sqlite3")
     yield journal
     await journal.close()
+
+
+async def end(journal: TaskJournal, task_id: str, dispatch: str, state: State) -> int:
+    [number] = await journal.end([(OwedEvent(-1, task_id, dispatch, b"event"), state)])
+    return number
 
 
 async def test_an_accepted_task_is_on_disk_when_accept_returns(tmp_path: Path, journal: TaskJournal):
@@ -38,7 +43,7 @@ async def test_a_second_dispatch_of_an_open_task_is_a_duplicate(journal: TaskJou
 
 async def test_a_succeeded_task_is_answered_with_its_event(journal: TaskJournal):
     [first] = await journal.accept([("t1", b"a", 1.0)])
-    await journal.end("t1", first.dispatch, "succeeded", b"event")
+    await end(journal, "t1", first.dispatch, "succeeded")
 
     [again] = await journal.accept([("t1", b"a", 2.0)])
 
@@ -48,7 +53,7 @@ async def test_a_succeeded_task_is_answered_with_its_event(journal: TaskJournal)
 async def test_a_failed_task_is_accepted_anew_under_another_token(journal: TaskJournal):
     [first] = await journal.accept([("t1", b"a", 1.0)])
     journal.note_start("t1")
-    await journal.end("t1", first.dispatch, "failed", b"event")
+    await end(journal, "t1", first.dispatch, "failed")
 
     [again] = await journal.accept([("t1", b"b", 2.0)])
 
@@ -61,7 +66,7 @@ async def test_a_failed_task_is_accepted_anew_under_another_token(journal: TaskJ
 async def test_an_end_and_the_event_it_owes_are_one_step(journal: TaskJournal):
     [first] = await journal.accept([("t1", b"a", 1.0)])
 
-    number = await journal.end("t1", first.dispatch, "succeeded", b"event")
+    number = await end(journal, "t1", first.dispatch, "succeeded")
 
     [owed] = await journal.owed(10)
     assert (owed.seq, owed.task_id, owed.token, owed.event) == (number, "t1", first.dispatch, b"event")
@@ -93,7 +98,7 @@ async def test_everything_survives_a_close_without_warning(tmp_path: Path):
 
 async def test_a_journal_owes_nothing_once_all_is_heard(tmp_path: Path, journal: TaskJournal):
     [first] = await journal.accept([("t1", b"a", 1.0)])
-    number = await journal.end("t1", first.dispatch, "failed", b"event")
+    number = await end(journal, "t1", first.dispatch, "failed")
     journal.heard([number])
     await journal.owed(1)
 
@@ -121,7 +126,7 @@ async def test_a_failing_write_reaches_its_caller_and_the_thread_lives_on(journa
 
 async def test_old_ends_and_old_owed_events_are_pruned(journal: TaskJournal):
     [first] = await journal.accept([("old", b"", 1.0)])
-    await journal.end("old", first.dispatch, "succeeded", b"event")
+    await end(journal, "old", first.dispatch, "succeeded")
     [second] = await journal.accept([("open", b"", 1.0)])
     await journal._do(lambda db: db.execute("UPDATE tasks SET ended_at = 1 WHERE ended_at IS NOT NULL"))
     await journal._do(lambda db: db.execute("UPDATE owed SET since = 1"))
