@@ -31,18 +31,16 @@ class CatalogEntry:
         target: the executor as "module:Class".
         extra: the extra of this project that installs its libraries; empty if it needs none or is not ours.
         requires: top-level modules that must be importable.
-        exclusive: whether its engine uses the accelerator, so that at most one such engine lives at a time.
     """
 
     kind: str
     target: str
     extra: str = ""
     requires: tuple[str, ...] = ()
-    exclusive: bool = True
 
 
 _BUILT_IN = (
-    CatalogEntry("echo", "executors.echo_task:EchoTask", exclusive=False),
+    CatalogEntry("echo", "executors.echo_task:EchoTask"),
     CatalogEntry(
         "inference",
         "executors.text_generation:TextGeneration",

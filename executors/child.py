@@ -1,4 +1,6 @@
-"""The engine process: `python -m executors.child FD`. Loads one executor, runs its tasks, says what happens.
+"""The engine process: `python -m executors.child CHANNEL LIFELINE`, two descriptors.
+
+Loads one executor, runs its tasks, says what happens.
 
 Two threads: the main thread computes; a reader thread takes orders, so that a cancel is heard while a task runs. When
 the daemon is gone the order stream ends, and the process ends with everything in its process group.
@@ -6,7 +8,6 @@ the daemon is gone the order stream ends, and the process ends with everything i
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import math
 import os
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any, Final
+from typing import Any
 
 from executors.catalog import CatalogEntry, executor_class
 from executors.child_messages import (
@@ -32,10 +33,8 @@ from executors.child_messages import (
     to_engine,
 )
 from executors.contract import EnginePolicy, Executor, ExecutorTask, LogLevel, MergedChild, TaskOutput
-from executors.errors import TaskCancelledError
+from executors.errors import ExecutorError, TaskCancelledError
 from executors.failure_report import encodable, verdict_on
-
-_PR_SET_PDEATHSIG: Final = 1
 
 
 class Channel:
@@ -131,10 +130,14 @@ class Engine:
             output = self._checked(self._executor.run(task))
             answer = TaskDone(task_id=order.task_id, output=output, run_sec=time.monotonic() - began).encode()
         except Exception as error:  # noqa: BLE001 - whatever an executor raises is the task's failure, not the process's end
-            traceback.print_exc()
+            foreseen = isinstance(error, ExecutorError)
+            if not foreseen:
+                traceback.print_exc()
             verdict = verdict_on(error)
             usable = verdict.engine_usable and self._loaded
-            answer = TaskFailed(task_id=order.task_id, failure=verdict.failure, engine_usable=usable).encode()
+            answer = TaskFailed(
+                task_id=order.task_id, failure=verdict.failure, foreseen=foreseen, engine_usable=usable
+            ).encode()
         sys.stdout.flush()
         self._channel.send_line(answer)
 
@@ -165,18 +168,28 @@ def _end_group() -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _end_with_daemon() -> None:
-    """Have the kernel kill this process when the daemon dies.
+def _end_with_daemon(lifeline: int) -> None:
+    """Fork a process that waits for the daemon's death and then ends the group.
 
-    The reader thread sees that too, but it cannot run while an extension module holds the interpreter.
+    The reader thread sees that death too, but it cannot run while an extension module holds the interpreter. Call it
+    before any thread exists.
+
+    Args:
+        lifeline: read end of a pipe whose other end only the daemon holds.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.fork() != 0:
+        os.close(lifeline)
+        return
+    os.closerange(0, lifeline)
+    os.closerange(lifeline + 1, 64)
+    os.read(lifeline, 1)
+    _end_group()
 
 
 def main() -> None:
     """Serve orders until the daemon closes the channel."""
     faulthandler.enable()
-    _end_with_daemon()
+    _end_with_daemon(int(sys.argv[2]))
     channel = Channel(int(sys.argv[1]))
     start = to_engine.validate_json(channel.lines.readline())
     if not isinstance(start, StartEngine):

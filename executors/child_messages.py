@@ -104,11 +104,18 @@ class TaskDone(_Message):
 
 
 class TaskFailed(_Message):
-    """The load or the run raised. `engine_usable` is false when the process should not be trusted with another task."""
+    """The load or the run raised.
+
+    Attributes:
+        failure: what to tell the sender.
+        foreseen: whether the executor raised it on purpose, so that the text says all and the log adds nothing.
+        engine_usable: false when the process should not be trusted with another task.
+    """
 
     type: Literal["failed"] = "failed"
     task_id: str
     failure: Failure
+    foreseen: bool = False
     engine_usable: bool
 
 

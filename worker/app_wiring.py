@@ -109,6 +109,7 @@ class Daemon:
         )
         presence = WorkerPresence(identity, self._publisher, self._gpus, hardware)
         preparation = TaskPreparation(self._settings, has_gpu=bool(hardware.gpu.gpus))
+        preparation.check_mask()
         parts = RunnerParts(
             self._settings, self._state.worker_id, preparation, self._pool, self._journal, self._publisher, presence
         )
@@ -189,12 +190,11 @@ class Daemon:
         waits = pauses()
         while not self._stop.is_set():
             try:
-                await presence.register()
+                if await presence.register():
+                    return
             except DISCONNECTED as error:
                 log.warning("not registered yet", action="register", error=str(error))
-                await self._either(asyncio.sleep(next(waits)))
-            else:
-                return
+            await self._either(asyncio.sleep(next(waits)))
 
     async def _watch(self) -> int:
         """Wait for a signal, or for a part that ends though it must not."""

@@ -10,7 +10,6 @@ from typing import Final
 
 import structlog
 
-from executors.catalog import CatalogEntry
 from worker.engine_process import EngineProcess, EngineSetup
 
 _MOST_LIGHT_ENGINES: Final = 4
@@ -42,16 +41,25 @@ class EnginePool:
         self._changing = asyncio.Lock()
         """Held while engines start or end: the accelerator's memory is free only when the old process is gone."""
 
-    async def acquire(self, entry: CatalogEntry, key: str) -> tuple[EngineProcess, bool]:
-        """Give an engine for `key` to one task, and whether it is warm. Replaces others where it has to."""
+    async def acquire(self, key: str, target: str, *, exclusive: bool) -> tuple[EngineProcess, bool]:
+        """Give an engine to one task, and say whether it is warm. Replaces others where it has to.
+
+        Args:
+            key: what it has loaded, or shall load.
+            target: the executor as "module:Class".
+            exclusive: see `Executor.exclusive`.
+
+        Raises:
+            OSError: no process can be started.
+        """
         slot = self._slots.get(key)
         if slot is not None and slot.engine.alive:
             slot.busy = True
             return slot.engine, True
         async with self._changing:
-            await self._make_room(key, exclusive=entry.exclusive)
-            engine = await EngineProcess.start(key, entry.target, self._setup)
-            self._slots[key] = _Slot(engine, entry.exclusive)
+            await self._make_room(key, exclusive=exclusive)
+            engine = await EngineProcess.start(key, target, self._setup)
+            self._slots[key] = _Slot(engine, exclusive)
         return engine, False
 
     async def release(self, engine: EngineProcess, *, keep: bool) -> None:

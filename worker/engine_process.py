@@ -88,6 +88,8 @@ class EngineProcess:
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._pipe: asyncio.ReadTransport | None = None
+        self._lifeline = -1
+        self._stopped = False
 
     @classmethod
     async def start(cls, key: str, executor: str, setup: EngineSetup) -> EngineProcess:
@@ -95,26 +97,37 @@ class EngineProcess:
         tag = f"{setup.tag}/{uuid.uuid4().hex}"
         ours, theirs = socket.socketpair()
         read_end, write_end = os.pipe()
+        lifeline, our_lifeline = os.pipe()
         # Python puts the working directory first on the path; ours is empty, so say where the packages are.
         packages = str(Path(executors.__path__[0]).parent)
         environment = engine_environment(task_tag=tag)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [packages, environment.get("PYTHONPATH")]))
         setup.working_dir.mkdir(parents=True, exist_ok=True)
-        with theirs, open(write_end, "wb") as sink:  # noqa: ASYNC230, PTH123 - wraps a descriptor, opens no file
+        try:
             process = subprocess.Popen(  # noqa: ASYNC220 - a fork of a few ms, and the main thread must be its parent
-                [interpreter(), "-m", "executors.child", str(theirs.fileno())],
+                [interpreter(), "-m", "executors.child", str(theirs.fileno()), str(lifeline)],
                 stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
+                stdout=write_end,
+                stderr=write_end,
                 cwd=setup.working_dir,
                 env=environment,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), lifeline],
                 start_new_session=True,
             )
+        except OSError:
+            ours.close()
+            os.close(read_end)
+            os.close(our_lifeline)
+            raise
+        finally:
+            theirs.close()
+            os.close(write_end)
+            os.close(lifeline)
         _waited_for.add(process.pid)
         loop = asyncio.get_running_loop()
         output = EngineOutput()
         engine = cls(key, process, tag, output)
+        engine._lifeline = our_lifeline
         engine._pipe, _ = await loop.connect_read_pipe(lambda: output, open(read_end, "rb", buffering=0))  # noqa: ASYNC230, PTH123, SIM115 - the transport owns it
         reader, engine._writer = await asyncio.open_connection(sock=ours, limit=LONGEST_MESSAGE)
         engine._reading = asyncio.create_task(engine._read(reader))
@@ -159,6 +172,9 @@ class EngineProcess:
 
     async def stop(self, *, gently: bool = True) -> int | None:
         """End it: ask with SIGTERM, then kill the whole group and whatever escaped from it. Returns the exit status."""
+        if self._stopped:
+            return self.ended.result() if self.ended.done() else None
+        self._stopped = True
         if gently and not self.ended.done():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGTERM)
@@ -174,6 +190,7 @@ class EngineProcess:
             self._writer.close()
         if self._pipe is not None:
             self._pipe.close()
+        os.close(self._lifeline)
         status = self.ended.result() if self.ended.done() else None
         if left:
             log.error("processes survive SIGKILL", action="engine_stop", engine=self.key, pids=left)

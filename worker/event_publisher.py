@@ -28,6 +28,7 @@ from worker.task_journal import OwedEvent, TaskJournal
 
 _MOST_AT_ONCE: Final = 200
 _LISTENER_CHECK_SEC: Final = 1.0
+_UNHURRIED_SEC: Final = 0.01
 _COMMANDS_PER_END: Final = 3
 """Two for the hash, one for the event."""
 
@@ -83,9 +84,17 @@ class EventPublisher:
 
         self._put(_Item(build))
 
-    def task_changed(self, task_id: str, fields: Mapping[str, str]) -> None:
-        """Update the hash `task:<id>`."""
-        self._put(_Item(lambda pipe: _set_task(pipe, task_id, fields)))
+    def task_queued(self, task_id: str, fields: Mapping[str, str]) -> None:
+        """Begin the hash `task:<id>` anew; what an earlier dispatch left there goes."""
+
+        def build(pipe: Pipeline) -> None:
+            pipe.delete(task_key(task_id))
+            _set_task(pipe, task_id, fields)
+
+        # Not worth a round trip of its own: TASK_STARTED, most often the next thing to say, would have to wait for it.
+        self._items.append(_Item(build))
+        self._idle.clear()
+        asyncio.get_running_loop().call_later(_UNHURRIED_SEC, self._wake.set)
 
     def task_progress(self, event: TaskEvent, fields: Mapping[str, str]) -> None:
         """Say how far a task is; replaces what has not been sent yet of the same task."""

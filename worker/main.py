@@ -18,7 +18,7 @@ from worker import exit_codes
 from worker.log_setup import set_up_logs
 from worker.settings import Settings, SettingsError, help_text, read_settings, unread_variables
 from worker.task_journal import JournalError
-from worker.worker_identity import IdInUseError, take_identity
+from worker.worker_identity import IdInUseError, StateFolder, take_identity
 
 
 def main(arguments: list[str]) -> int:  # noqa: PLR0911 - one return for each way to end reads best
@@ -37,21 +37,24 @@ def main(arguments: list[str]) -> int:  # noqa: PLR0911 - one return for each wa
     for sentence in unread_variables():
         log.warning(sentence, action="start")
     try:
-        return asyncio.run(_run(settings))
+        state = take_identity(settings)
     except IdInUseError as error:
         return _refuse(str(error), exit_codes.ID_IN_USE)
-    except BrokerRefusedError as error:
-        return _refuse(f"{error}; correct REDIS_URL")
-    except JournalError as error:
-        return _refuse(str(error), exit_codes.CRASHED)
     except OSError as error:
         return _refuse(f"RESULTS_DIR={str(settings.results_dir)!r} cannot be used: {error}; choose a writable folder")
+    try:
+        return asyncio.run(_run(settings, state))
+    except IdInUseError as error:
+        return _refuse(str(error), exit_codes.ID_IN_USE)
+    except (SettingsError, BrokerRefusedError) as error:
+        return _refuse(str(error))
+    except JournalError as error:
+        return _refuse(str(error), exit_codes.CRASHED)
 
 
-async def _run(settings: Settings) -> int:
+async def _run(settings: Settings, state: StateFolder) -> int:
     from worker.app_wiring import Daemon  # noqa: PLC0415 - a bad setting is reported before the rest is imported
 
-    state = take_identity(settings)
     return await Daemon(settings, state).run()
 
 

@@ -127,8 +127,8 @@ class Settings(BrokerSettings):
     )
     worker_allowed_roots: Folders = Field(
         default=(),
-        description="Folders (separated by `:`) from which tasks may read local models and data, "
-        "beside RESULTS_DIR and the Hugging Face cache.",
+        description="Folders (separated by `:`) from which tasks may read local models and data, beside RESULTS_DIR "
+        "and the Hugging Face cache, and below which `output.destination.path` may put results.",
     )
     worker_max_envelope_bytes: int = Field(
         default=32 * 1024**2, ge=1024, description="Largest task message that is accepted, bytes."

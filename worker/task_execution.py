@@ -78,7 +78,9 @@ class TaskExecution:
         if self._stop_cause is not None:
             return failure_of(EngineEnd(self._stop_cause))
         try:
-            engine, warm = await self._pool.acquire(self._prepared.entry, self._prepared.engine_key)
+            engine, warm = await self._pool.acquire(
+                self._prepared.engine_key, self._prepared.entry.target, exclusive=self._prepared.exclusive
+            )
         except OSError as error:  # no process, no descriptor, no memory to fork
             return Failure(reason="engine_crash", message=f"no engine process can be started: {error}", retryable=True)
         self._engine = engine
@@ -156,6 +158,8 @@ class TaskExecution:
     def _failed(self, message: TaskFailed, engine: EngineProcess) -> _Verdict:
         if message.failure.reason == "cancelled" and self._stop_cause is not None:
             return _Verdict(failure_of(self._end(self._stop_cause)), keep_engine=message.engine_usable)
+        if message.foreseen:
+            return _Verdict(message.failure, keep_engine=message.engine_usable)
         engine.output.drain()
         failure = message.failure.model_copy(update={"log_tail": engine.output.tail()})
         return _Verdict(failure, keep_engine=message.engine_usable)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 from pydantic import JsonValue, ValidationError
 
 from executors.catalog import CatalogEntry, entries, executor_class
@@ -16,7 +17,18 @@ from executors.task_spec import Output, TaskSpec, unknown_keys
 from orchestrator_client.messages import ChildEnvelope, TaskEnvelope
 from orchestrator_client.validation_text import validation_text
 from worker.results_folder import choose_folder
-from worker.settings import Settings
+from worker.settings import Settings, SettingsError
+
+log = structlog.get_logger()
+
+
+_NO_HTTP = Failure(
+    reason="bad_spec",
+    message="spec.output.destination.type is 'http': this version of the worker delivers to its own disk only",
+    hint="use type: local, and fetch the result from RESULTS_DIR",
+    retryable=True,
+)
+"""Saying "succeeded" for a result that was never sent would block its dependents for ever (WIRE 3.1)."""
 
 
 class RejectedError(Exception):
@@ -51,6 +63,7 @@ class PreparedTask:
         order: what the engine gets.
         entry: its kind.
         engine_key: which engine it needs.
+        exclusive: whether that engine tolerates no other of its sort beside it.
         folder: where its results go.
         child_folders: the same for each merged child that can run.
         failed_children: merged children that cannot.
@@ -62,6 +75,7 @@ class PreparedTask:
     order: RunTask
     entry: CatalogEntry
     engine_key: str
+    exclusive: bool
     folder: Folder
     child_folders: dict[str, Folder]
     failed_children: dict[str, FailedChild]
@@ -87,6 +101,20 @@ class TaskPreparation:
         """Task types that this worker accepts."""
         mask = {kind.lower() for kind in self._settings.worker_executor_mask}
         return sorted(kind for kind in entries() if not mask or kind in mask)
+
+    def check_mask(self) -> None:
+        """Warn of names in WORKER_EXECUTOR_MASK that are no kind of task.
+
+        Raises:
+            SettingsError: no kind of task is left.
+        """
+        mask = self._settings.worker_executor_mask
+        known = ", ".join(sorted(entries()))
+        if not self.kinds():
+            raise SettingsError(f"WORKER_EXECUTOR_MASK={','.join(mask)!r} leaves no task type; known are: {known}")
+        for name in mask:
+            if name.lower() not in entries():
+                log.warning("WORKER_EXECUTOR_MASK names an unknown task type", action="start", name=name, known=known)
 
     def entry_for(self, kind: str) -> CatalogEntry:
         """Look up a kind of task.
@@ -121,6 +149,8 @@ class TaskPreparation:
             retryable = error.reason == "missing_dependency"  # another worker may have it
             failure = Failure(reason=error.reason, message=error.message, hint=error.hint, retryable=retryable)
             raise RejectedError(failure) from error
+        if spec.output.destination.type == "http":
+            raise RejectedError(_NO_HTTP)
         folder, folder_warning = self.folder_for(envelope.task_id, spec.output)
         warnings = unknown_keys(spec)
         if folder_warning:
@@ -130,6 +160,7 @@ class TaskPreparation:
             order=RunTask(task_id=envelope.task_id, spec=sent, out_dir=folder.path, children=children),
             entry=entry,
             engine_key=f"{entry.kind}:{executor.engine_key(spec)}",
+            exclusive=executor.exclusive,
             folder=folder,
             child_folders=child_folders,
             failed_children=failed,

@@ -169,6 +169,7 @@ class TaskRunner:
         log.info("task started", action="task_start", task_id=record.task_id, task_type=record.kind)
         if self._draining:
             execution.stop("worker_shutdown", grace_sec=0.0)
+        await asyncio.sleep(0)  # lets TASK_STARTED go out before the engine gets its work
         outcome = await execution.run()
         self._current, self._current_id = None, ""
         await self._unwritten.acquire()
@@ -183,7 +184,7 @@ class TaskRunner:
     def _admit(self, record: TaskRecord) -> None:
         self._open[record.task_id] = record
         self._none_open.clear()
-        self._parts.publisher.task_changed(record.task_id, record.queued_fields(self._parts.worker_id))
+        self._parts.publisher.task_queued(record.task_id, record.queued_fields(self._parts.worker_id))
         self._show_status()
 
     def _folder(self, record: TaskRecord) -> Folder:

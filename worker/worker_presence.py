@@ -84,8 +84,11 @@ class WorkerPresence:
         self._task_id = ""
         self._last_task = ""
 
-    async def register(self) -> None:
+    async def register(self) -> bool:
         """Steps 3 to 5 of WIRE 0: set, hash and REGISTER; heartbeat key and first HEARTBEAT; then the status.
+
+        Returns:
+            Whether the broker accepted it; it may lack a permission, or have another kind of value under our key.
 
         Raises:
             DISCONNECTED: the broker went away meanwhile; the heartbeat will do it again.
@@ -95,9 +98,10 @@ class WorkerPresence:
             log.error(
                 "registration refused", action="register", worker_id=self._identity.worker_id, error=str(errors[0])
             )
-            return
+            return False
         self._registered = True
         log.info("registered", action="register", worker_id=self._identity.worker_id, status=self.status)
+        return True
 
     def set_listening(self, *, listening: bool) -> None:
         """Whether tasks would reach us now. While not, nobody may think us IDLE: what is sent then is lost."""

@@ -128,12 +128,14 @@ class World:
             lambda: any(event["type"] == "TASK_STARTED" for event in self.events.of_task(task_id)), f"{task_id} starts"
         )
 
-    def progressed(self, task_id: str) -> Event:
-        """Wait for news from inside a task: the executor's own code runs by then."""
-        found: Event = wait_until(
-            lambda: next((e for e in self.events.of_task(task_id) if e["type"] == "TASK_PROGRESS"), None),
-            f"{task_id} reports progress",
-        )
+    def progressed(self, task_id: str, *, count: int = 1) -> Event:
+        """Wait for (the `count`-th) news from inside a task: the executor's own code runs by then."""
+
+        def look() -> Event | None:
+            news = [event for event in self.events.of_task(task_id) if event["type"] == "TASK_PROGRESS"]
+            return news[count - 1] if len(news) >= count else None
+
+        found: Event = wait_until(look, f"{task_id} reports progress ({count})")
         return found
 
     def ended(self, task_id: str, *, count: int = 1, within_sec: float = 30.0) -> TaskEnd:
