@@ -35,13 +35,13 @@ DISCONNECTED = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, InvalidR
 server that was demoted to replica answers with ReadOnlyError."""
 
 _CONNECT_TIMEOUT_SEC = 5.0
-_COMMAND_TIMEOUT_SEC = 10.0
+COMMAND_TIMEOUT_SEC = 10.0
 _IDLE_CHECK_SEC = 15
 _FIRST_PAUSE_SEC = 0.1
 _LONGEST_PAUSE_SEC = 5.0
 
 
-def _pool(url: str, *, connections: int) -> ConnectionPool:
+def _pool(url: str, *, connections: int, reply_timeout_sec: float | None = COMMAND_TIMEOUT_SEC) -> ConnectionPool:
     # No retry inside redis-py: what to do after a lost connection differs from caller to caller, and its retry would
     # hide that messages were missed.
     return ConnectionPool.from_url(
@@ -49,7 +49,7 @@ def _pool(url: str, *, connections: int) -> ConnectionPool:
         max_connections=connections,
         protocol=2,
         socket_connect_timeout=_CONNECT_TIMEOUT_SEC,
-        socket_timeout=_COMMAND_TIMEOUT_SEC,
+        socket_timeout=reply_timeout_sec,
         socket_keepalive=True,
         health_check_interval=_IDLE_CHECK_SEC,
         retry=Retry(NoBackoff(), 0),
@@ -59,6 +59,15 @@ def _pool(url: str, *, connections: int) -> ConnectionPool:
 def command_client(url: str) -> aioredis.Redis:
     """A client for commands. Connects at the first use; raises `DISCONNECTED` errors instead of retrying."""
     return aioredis.Redis.from_pool(_pool(url, connections=8))  # closes the pool with itself
+
+
+def batch_client(url: str) -> aioredis.Redis:
+    """A client for long pipelines over one connection, without a timeout for each reply.
+
+    A timer for each of a thousand replies costs more than reading them: whoever uses this sets one `asyncio.timeout`
+    of COMMAND_TIMEOUT_SEC around the whole.
+    """
+    return aioredis.Redis.from_pool(_pool(url, connections=1, reply_timeout_sec=None))
 
 
 def subscriber_connection(url: str) -> AbstractConnection:
@@ -78,7 +87,7 @@ def sync_client(url: str) -> redis.Redis:
             url,
             protocol=2,
             socket_connect_timeout=_CONNECT_TIMEOUT_SEC,
-            socket_timeout=_COMMAND_TIMEOUT_SEC,
+            socket_timeout=COMMAND_TIMEOUT_SEC,
             socket_keepalive=True,
             health_check_interval=_IDLE_CHECK_SEC,
             retry=SyncRetry(NoBackoff(), 0),

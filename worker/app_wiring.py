@@ -12,7 +12,7 @@ import structlog
 
 from executors.contract import EnginePolicy
 from orchestrator_client.channels import TASK_CONTROL
-from orchestrator_client.connection import DISCONNECTED, check_access, command_client, pauses, redacted
+from orchestrator_client.connection import DISCONNECTED, batch_client, check_access, command_client, pauses, redacted
 from orchestrator_client.subscriber import Subscriber
 from worker import exit_codes
 from worker.engine_pool import EnginePool
@@ -50,7 +50,7 @@ class Daemon:
         adopt_orphans()
         self._gpus = GpuReader(settings.cuda_visible_devices)
         self._client = command_client(self._url)
-        self._publisher_client = command_client(self._url)
+        self._publisher_client = batch_client(self._url)
         self._journal = TaskJournal(state.journal)
         self._publisher = EventPublisher(self._publisher_client, self._journal)
         policy = EnginePolicy(

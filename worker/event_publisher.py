@@ -22,7 +22,7 @@ import structlog
 from redis.asyncio.client import Pipeline
 
 from orchestrator_client.channels import TASK_EVENTS, TASK_STATUS_TTL_SEC, task_key
-from orchestrator_client.connection import DISCONNECTED, pauses
+from orchestrator_client.connection import COMMAND_TIMEOUT_SEC, DISCONNECTED, pauses
 from orchestrator_client.messages import SentEvent, TaskEvent
 from worker.task_journal import OwedEvent, TaskJournal
 
@@ -62,7 +62,7 @@ class EventPublisher:
     """See the module's text.
 
     Args:
-        client: a client of this publisher's own; one connection is used.
+        client: a `batch_client` of this publisher's own.
         journal: where owed events lie.
     """
 
@@ -138,7 +138,7 @@ class EventPublisher:
         Raises:
             DISCONNECTED: the broker is away.
         """
-        async with self._client.pipeline(transaction=True) as pipe:
+        async with asyncio.timeout(COMMAND_TIMEOUT_SEC), self._client.pipeline(transaction=True) as pipe:
             build(pipe)
             await pipe.execute()
 
@@ -178,7 +178,7 @@ class EventPublisher:
     async def _send(self) -> bool:
         batch = [self._items.popleft() for _ in range(min(len(self._items), _MOST_AT_ONCE))]
         try:
-            async with self._client.pipeline(transaction=False) as pipe:
+            async with asyncio.timeout(COMMAND_TIMEOUT_SEC), self._client.pipeline(transaction=False) as pipe:
                 sizes = []
                 for item in batch:
                     before = len(pipe)
@@ -223,13 +223,15 @@ class EventPublisher:
     async def _send_owed(self) -> None:
         """Publish what the journal owes, oldest first, once somebody listens."""
         try:
-            ((_, listeners),) = await self._client.pubsub_numsub(TASK_EVENTS)
+            async with asyncio.timeout(COMMAND_TIMEOUT_SEC):
+                ((_, listeners),) = await self._client.pubsub_numsub(TASK_EVENTS)
+                # Who listens by pattern is not in that number; whether the pattern fits shows when we publish.
+                listeners = listeners or await self._client.pubsub_numpat()
             self.connected = True
-            # Who listens by pattern is not in that number; whether the pattern fits shows when we publish.
-            if not listeners and not await self._client.pubsub_numpat():
+            if not listeners:
                 return
             while events := await self._journal.owed(_MOST_AT_ONCE):
-                async with self._client.pipeline(transaction=False) as pipe:
+                async with asyncio.timeout(COMMAND_TIMEOUT_SEC), self._client.pipeline(transaction=False) as pipe:
                     for owed in events:
                         _set_task(pipe, owed.task_id, _shown_end(owed))  # its last words may have been lost too
                         _announce(pipe, owed)

@@ -161,6 +161,7 @@ class TaskRunner:
             lambda p: self._progress(record, p),
         )
         self._current, self._current_id = execution, record.task_id
+        self._progress_at = 0.0  # a task's first news must not be dropped because the last task spoke just now
         self._parts.journal.note_start(record.task_id)
         record.begin()
         self._parts.presence.set_running(record.task_id)
