@@ -22,7 +22,8 @@ LONG_SEC = 600
 Act = Literal[
     "fine", "raise", "executor_error", "no_memory", "sys_exit", "os_exit", "kill", "segfault", "interrupt", "thread",
     "hang", "hang_gil", "obey", "quiet", "chatty", "flood", "garbage", "half_close", "close", "impostor",
-    "grandchild", "grandchild_exit", "grandchild_hang", "stopped", "not_output", "not_json", "surrogate", "nan", "huge", "environment",
+    "grandchild", "grandchild_exit", "grandchild_hang",
+    "stopped", "not_output", "not_json", "surrogate", "nan", "huge", "environment",
     "progress", "files", "sleep", "signal_handler", "long_line",
 ]  # fmt: skip
 

@@ -182,7 +182,8 @@ class World:
             assert set(codes.values()) <= {0}, f"daemons did not end cleanly after SIGTERM: {codes}"
             self._check_ends()
             wait_until(lambda: not tagged_below(self.folder), "no engine process is left", within_sec=5)
-            self._check_keys()
+            if self.server.is_running():
+                self._check_keys()
         finally:
             for daemon in self.daemons:
                 daemon.kill()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from daemon_world import World
+from waiting_until import wait_until
 
 PASSWORD = "correct-horse-battery"
 TOKEN = "tok-4711-very-secret"
@@ -24,9 +25,9 @@ def test_secrets_turn_up_nowhere(locked_world: World):
     assert world.run({"taskType": "subject", "act": "environment"}).ok
     assert not world.run({"taskType": "subject", "act": "sys_exit"}).ok
     assert not world.run({"taskType": "nonsense"}).ok
-    world.server.stop()  # connection errors name the broker
-    world.restart_server()
     kept = "".join(world.events.raw) + _everything_in(world)
+    world.server.stop()  # connection errors name the broker
+    wait_until(lambda: daemon.logged("reconnect"), "it tries to reconnect")
     assert daemon.stop() == 0
     files = [file for file in world.folder.rglob("*") if file.is_file()]
     assert any(file.name == "engine.log" for file in files)
