@@ -12,7 +12,6 @@ returns only after its commit (WAL, synchronous FULL).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
 import sqlite3
 import threading
@@ -29,7 +28,7 @@ ResultT = TypeVar("ResultT")
 
 KEEP_ENDED_SEC: Final = 7 * 24 * 3600
 """How long an ended task is remembered, so that a repeated dispatch is answered and not run again."""
-_LATER_SEC: Final = 1.0
+_LATER_SEC: Final = 0.05
 KEEP_OWED_SEC: Final = 24 * 3600
 """How long an event waits for somebody to listen."""
 
@@ -104,7 +103,8 @@ class TaskJournal:
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._later: deque[_Job] = deque()
-        """What nobody waits for: it joins the next commit, or has its own after a second."""
+        """What nobody waits for: it joins the next commit, or has its own after `_LATER_SEC`."""
+        self._wake_planned = False
         self._connection = _open(path)
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self._thread.start()
@@ -117,9 +117,9 @@ class TaskJournal:
         return await self._do(lambda db: [_accept(db, *arrival) for arrival in arrivals])
 
     def note_start(self, task_id: str) -> None:
-        """Count one start; it need not be durable before the start itself."""
+        """Count one start; durable soon, so that a task that ends the daemon is not started for ever."""
         query = "UPDATE tasks SET starts = starts + 1 WHERE task_id = ?"
-        self._later.append(_Job(lambda db: db.execute(query, (task_id,)), None))
+        self._put_later(_Job(lambda db: db.execute(query, (task_id,)), None))
 
     async def end(self, ends: list[tuple[OwedEvent, State]]) -> list[int]:
         """Record how tasks ended, and that their final events are owed. Returns the events' numbers."""
@@ -145,7 +145,7 @@ class TaskJournal:
     def heard(self, numbers: list[int]) -> None:
         """Forget owed events that have been heard. Need not be durable: publishing again has no effect."""
         query = "DELETE FROM owed WHERE seq = ?"
-        self._later.append(_Job(lambda db: db.executemany(query, [(number,) for number in numbers]), None))
+        self._put_later(_Job(lambda db: db.executemany(query, [(number,) for number in numbers]), None))
 
     async def owed(self, limit: int) -> list[OwedEvent]:
         """The oldest events that are still owed."""
@@ -187,12 +187,21 @@ class TaskJournal:
         self._jobs.put(_Job(work, future))
         return await future  # type: ignore[return-value]  # the future carries what `work` returned
 
+    def _put_later(self, job: _Job) -> None:
+        self._later.append(job)
+        if not self._wake_planned:
+            self._wake_planned = True
+            self._loop.call_later(_LATER_SEC, self._wake)
+
+    def _wake(self) -> None:
+        self._wake_planned = False
+        if self._later:
+            self._jobs.put(_Job(lambda _: None, None))
+
     def _write(self) -> None:
         open_for_more = True
         while open_for_more:
-            jobs: list[_Job | None] = []
-            with contextlib.suppress(queue.Empty):
-                jobs.append(self._jobs.get(timeout=_LATER_SEC))
+            jobs = [self._jobs.get()]
             while not self._jobs.empty():
                 jobs.append(self._jobs.get())
             open_for_more = None not in jobs
