@@ -15,7 +15,7 @@ help: ## show this list
 
 demo: ## run a broker, a worker and one real inference task (KEEP=1: leave broker and worker running)
 	@scripts/bootstrap.sh demo
-	@$(PYTHON) -m worker.command_line demo $(if $(filter-out 0 no false,$(KEEP)),--keep) $(ARGS)
+	@$(PYTHON) -m worker.commands.command_line demo $(if $(filter-out 0 no false,$(KEEP)),--keep) $(ARGS)
 
 test: setup ## run all tests, against a real broker and the real daemon
 	@$(PYTHON) -m pytest $(ARGS)
@@ -24,14 +24,14 @@ check: setup ## run what CI runs beside the tests: lint, format, types, generate
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
-	$(PYTHON) -m worker.docs_pages --check
+	$(PYTHON) -m worker.commands.docs_pages --check
 	scripts/uv.sh lock --check
 
 bench: setup ## measure start, memory, latency and throughput
 	@$(PYTHON) benchmarks/run_all.py $(ARGS)
 
 docs: setup ## rewrite the generated pages in docs/
-	@$(PYTHON) -m worker.docs_pages
+	@$(PYTHON) -m worker.commands.docs_pages
 
 format: setup ## rewrite the code in the project's format
 	$(PYTHON) -m ruff check --fix

@@ -58,7 +58,7 @@ def test_imports_go_one_way(file: Path):
 
 def test_only_the_entry_file_of_the_command_line_imports_main():
     users = {name_of(file) for file in MODULES if "worker.main" in set(imported(file))}
-    assert users <= {"worker/command_line.py"}
+    assert users <= {"worker/commands/command_line.py"}
 
 
 @pytest.mark.parametrize("file", MODULES, ids=name_of)

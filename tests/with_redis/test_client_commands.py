@@ -17,8 +17,9 @@ import redis
 
 from orchestrator_client.connection import sync_client
 from orchestrator_client.messages import TaskEvent
-from worker import exit_codes, task_watch
-from worker.client_commands import run_client
+from worker import exit_codes
+from worker.commands import task_watch
+from worker.commands.client_commands import run_client
 
 Result = tuple[int, str, str]
 Run = Callable[..., Result]
@@ -208,7 +209,16 @@ def test_submit_to_one_worker(run: Run, task_file: str, scripted_worker: Scripte
 
 def test_ctrl_c_leaves_the_task_running(broker_url: str, task_file: str, scripted_worker: ScriptedWorker):
     scripted_worker.on_task = lambda worker, envelope: worker.set_task(envelope["task_id"], status="RUNNING")
-    command = [sys.executable, "-m", "worker.command_line", "submit", task_file, "--wait", "--broker", broker_url]
+    command = [
+        sys.executable,
+        "-m",
+        "worker.commands.command_line",
+        "submit",
+        task_file,
+        "--wait",
+        "--broker",
+        broker_url,
+    ]
     with subprocess.Popen([*command, "--task-id", "t-9"], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         first = process.stderr.readline()

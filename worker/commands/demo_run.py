@@ -22,11 +22,11 @@ from orchestrator_client.messages import JsonObject
 from orchestrator_client.task_client import TaskClient, TaskOrder
 from orchestrator_client.task_states import TaskState, printable
 from worker import exit_codes
+from worker.commands.state_tables import show_outcome
+from worker.commands.task_watch import NotTakenError, StillRunningError, WatchView, submit_order, wait_for_end
+from worker.commands.text_screen import complain, say
+from worker.commands.watch_views import watch_view
 from worker.settings import demo_environment
-from worker.state_tables import show_outcome
-from worker.task_watch import NotTakenError, StillRunningError, WatchView, submit_order, wait_for_end
-from worker.text_screen import complain, say
-from worker.watch_views import watch_view
 
 WORKER_ID: Final = "demo-worker"
 TOPIC: Final = "tasks"
@@ -218,7 +218,7 @@ def _worker(url: str, model: Path, place: _Place) -> Iterator[subprocess.Popen[b
     )
     with place.output.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("main.py"))],
+            [sys.executable, str(Path(__file__).parents[1] / "main.py")],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -11,7 +11,7 @@ def main() -> int:
         from worker.main import main as run_daemon  # noqa: PLC0415 - only this command needs it
 
         return run_daemon(sys.argv[2:])
-    from worker.client_commands import run_client  # noqa: PLC0415 - only the other commands need it
+    from worker.commands.client_commands import run_client  # noqa: PLC0415 - only the other commands need it
 
     return run_client(sys.argv[1:])
 

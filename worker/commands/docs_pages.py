@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the settings and exit codes: `python -m worker.docs_pages [--check]`."""
+"""Writes docs/configuration.md from the settings and exit codes: `python -m worker.commands.docs_pages [--check]`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 from worker import exit_codes
-from worker.client_commands import EXIT_CODES
+from worker.commands.client_commands import EXIT_CODES
 from worker.settings import described
 
-PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 _INTRO = """\
 # Configuration

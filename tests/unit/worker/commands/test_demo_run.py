@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from worker import demo_run, exit_codes
-from worker.demo_run import DemoError, demo_task, model_file, read_answers
+from worker import exit_codes
+from worker.commands import demo_run
+from worker.commands.demo_run import DemoError, demo_task, model_file, read_answers
 from worker.settings import demo_environment
 
 

@@ -18,13 +18,14 @@ from orchestrator_client.errors import WireError
 from orchestrator_client.messages import TASK_ID_PATTERN
 from orchestrator_client.task_client import TaskClient, TaskOrder
 from orchestrator_client.task_states import TaskState
-from worker import demo_run, doctor_checks, exit_codes
+from worker import exit_codes
+from worker.commands import demo_run, doctor_checks
+from worker.commands.state_tables import show_findings, show_outcome, show_task, show_workers
+from worker.commands.task_files import TaskFileError, load_task
+from worker.commands.task_watch import NotTakenError, StillRunningError, submit_order, wait_for_end
+from worker.commands.text_screen import complain, say
+from worker.commands.watch_views import watch_view
 from worker.settings import SettingsError, read_broker_settings
-from worker.state_tables import show_findings, show_outcome, show_task, show_workers
-from worker.task_files import TaskFileError, load_task
-from worker.task_watch import NotTakenError, StillRunningError, submit_order, wait_for_end
-from worker.text_screen import complain, say
-from worker.watch_views import watch_view
 
 _CANCEL_WITHIN_SEC = 30.0
 _LOOK_EVERY_SEC = 0.2

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from orchestrator_client.task_states import TaskState, WorkerState
-from worker.doctor_checks import Finding
-from worker.text_screen import complain, duration, say, show_fields, show_table
-from worker.watch_views import progress_text
+from worker.commands.doctor_checks import Finding
+from worker.commands.text_screen import complain, duration, say, show_fields, show_table
+from worker.commands.watch_views import progress_text
 
 
 def show_workers(workers: Sequence[WorkerState]) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from worker import docs_pages, exit_codes
+from worker import exit_codes
+from worker.commands import docs_pages
 from worker.settings import described
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from worker import command_line, doctor_checks, exit_codes
-from worker.client_commands import EXIT_CODES, run_client
-from worker.text_screen import duration
+from worker import exit_codes
+from worker.commands import command_line, doctor_checks
+from worker.commands.client_commands import EXIT_CODES, run_client
+from worker.commands.text_screen import duration
 
 
 @pytest.fixture
@@ -25,7 +26,9 @@ def dead_broker(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_importing_the_entry_point_loads_no_client_code():
-    code = "import sys, worker.command_line; print(sorted({'typer', 'rich', 'redis', 'yaml'} & set(sys.modules)))"
+    code = (
+        "import sys, worker.commands.command_line; print(sorted({'typer', 'rich', 'redis', 'yaml'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

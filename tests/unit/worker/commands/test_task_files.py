@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from executors import catalog
-from worker.task_files import TaskFileError, load_task
+from worker.commands.task_files import TaskFileError, load_task
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = Path(__file__).parents[4] / "examples"
 
 
 def load(tmp_path: Path, text: str, name: str = "task.yaml") -> dict[str, object]:
