@@ -1,7 +1,5 @@
 """`taskType: word_count` counts the words of some texts. An example of an executor in a distribution of its own."""
 
-# ruff: noqa: INP001 - one module is the whole distribution
-
 from __future__ import annotations
 
 from pydantic import Field
@@ -27,6 +25,7 @@ class WordCount(Executor[WordCountSpec]):
     """Counts words; what stands in for a model is the set of words to ignore."""
 
     spec_type = WordCountSpec
+    exclusive = False  # needs no GPU, so it may live beside a warm model
 
     @classmethod
     def engine_key(cls, spec: WordCountSpec) -> str:

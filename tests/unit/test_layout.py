@@ -61,6 +61,20 @@ def test_only_the_entry_file_of_the_command_line_imports_main():
     assert users <= {"worker/commands/command_line.py"}
 
 
+def test_the_daemon_imports_nothing_of_the_command_line():
+    for file in (REPO / "worker").glob("*.py"):
+        assert not any(name.startswith("worker.commands") for name in imported(file)), name_of(file)
+
+
+def test_the_page_on_executors_shows_the_example_as_it_is():
+    page = (REPO / "docs" / "adding-an-executor.md").read_text()
+    example = (REPO / "examples" / "word-count-executor" / "word_count_executor.py").read_text()
+    shown = [block.partition("```")[0].strip() for block in page.split("```python\n")[1:3]]
+    assert len(shown) == 2
+    for block in shown:
+        assert block in example
+
+
 @pytest.mark.parametrize("file", MODULES, ids=name_of)
 def test_only_settings_reads_the_environment(file: Path):
     if file == REPO / "worker" / "settings.py":
