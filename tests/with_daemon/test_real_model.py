@@ -76,7 +76,7 @@ def test_a_real_model_answers_and_stays_warm_until_another_takes_its_place(model
     assert second.event["payload"]["engine"] == "warm"
     assert second.result["items"] == result["items"]
     assert engine_of(daemon) == pid
-    loads = [line for line in daemon.logged("engine_start") if "inference" in line["engine"]]
+    loads = [line for line in daemon.logged("engine_start") if bundled_model().name in line["engine"]]
     assert len(loads) == 1
 
     other = models_world.run(inference(tiny, ["a text"], max_tokens=4), within_sec=_SLOW_SEC)
