@@ -63,6 +63,7 @@ class TaskRunner:
         self._current: TaskExecution | None = None
         self._current_id = ""
         self._progress_at = 0.0
+        self._progress_complete = False
         self._draining = False
         self._arriving = 0
 
@@ -231,9 +232,10 @@ class TaskRunner:
 
     def _progress(self, record: TaskRecord, progress: Progress) -> None:
         now = time.monotonic()
-        if now - self._progress_at < _PROGRESS_EVERY_SEC and progress.done != progress.total:
+        complete = progress.done == progress.total
+        if now - self._progress_at < _PROGRESS_EVERY_SEC and (not complete or self._progress_complete):
             return
-        self._progress_at = now
+        self._progress_at, self._progress_complete = now, complete
         payload: JsonObject = {
             "taskType": record.kind,
             "done": progress.done,
@@ -243,8 +245,8 @@ class TaskRunner:
             "metrics": {**progress.metrics},
         }
         fields = {
-            "progress_done": f"{progress.done:g}",
-            "progress_total": "" if progress.total is None else f"{progress.total:g}",
+            "progress_done": f"{progress.done:.12g}",
+            "progress_total": "" if progress.total is None else f"{progress.total:.12g}",
             "progress_unit": progress.unit,
             "progress_message": progress.message,
         }

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import platform
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import structlog
 from redis.asyncio.client import Pipeline
@@ -32,6 +34,8 @@ from worker.power_meter import PowerMeter, accrued_cost_usd
 
 Status = Literal["STARTING", "IDLE", "RUNNING"]
 """The only values the orchestrator knows; it dispatches to IDLE workers alone (WIRE 1.2)."""
+
+_MEASURE_WITHIN_SEC: Final = 2.0
 
 log = structlog.get_logger()
 
@@ -77,7 +81,8 @@ class WorkerPresence:
         self._started = time.monotonic()
         self._started_at = now_iso()
         self._registered = False
-        self._measuring = asyncio.Lock()
+        self._measuring: asyncio.Future[JsonObject] | None = None
+        self._measured: JsonObject = {}
         self.status: Status = "STARTING"
         self.gaps = 0
         self._listening = True
@@ -146,8 +151,7 @@ class WorkerPresence:
         Raises:
             DISCONNECTED: the broker is away.
         """
-        async with self._measuring:
-            metrics = await asyncio.to_thread(self._metrics)  # NVML can take seconds
+        metrics = await self._measure()
         own_key = worker_key(self._identity.worker_id)
 
         def build(pipe: Pipeline) -> None:
@@ -168,7 +172,7 @@ class WorkerPresence:
         Raises:
             DISCONNECTED: the broker is away; it will notice by the TTL.
         """
-        self._power.sample()
+        await self._measure()
         await self._publisher.transaction(self._add_farewell)
         self._registered = False
         log.info("unregistered", action="unregister", worker_id=self._identity.worker_id)
@@ -179,11 +183,23 @@ class WorkerPresence:
     def _cost(self) -> float:
         return accrued_cost_usd(self._identity.cost_per_hour, self._uptime_sec())
 
+    async def _measure(self) -> JsonObject:
+        """Load, cost and power; what was measured last, if a driver does not answer in time.
+
+        NVML can take seconds, and on a sick host for ever. So it gets a thread that nothing waits for: not the
+        heartbeat, and not the end of the process.
+        """
+        if self._measuring is None or self._measuring.done():
+            self._measuring = _in_thread(self._metrics)
+        try:
+            self._measured = await asyncio.wait_for(asyncio.shield(self._measuring), _MEASURE_WITHIN_SEC)
+        except TimeoutError:
+            log.warning("power readings do not come; using old ones", action="measure", waited_sec=_MEASURE_WITHIN_SEC)
+        return self._measured | {"uptime_sec": round(self._uptime_sec(), 3), "accrued_cost_usd": self._cost()}
+
     def _metrics(self) -> JsonObject:
         power = self._power.sample()
         metrics: JsonObject = {
-            "uptime_sec": round(self._uptime_sec(), 3),
-            "accrued_cost_usd": self._cost(),
             "power": power.model_dump(mode="json"),
             "power_summary": self._power.summary().model_dump(mode="json"),
             "estimated_energy_kwh": self._power.estimated_energy_kwh(),
@@ -268,3 +284,29 @@ class WorkerPresence:
     ) -> None:
         event = LifecycleEvent(worker_id=self._identity.worker_id, event_type=event_type, data=data)
         pipe.publish(worker_channel(self._identity.worker_id), event.encode())
+
+
+def _in_thread(work: Callable[[], JsonObject]) -> asyncio.Future[JsonObject]:
+    """Run something in a thread that may hang without keeping the process alive."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[JsonObject] = loop.create_future()
+
+    def settle(result: JsonObject | None, error: Exception | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result or {})
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:  # noqa: BLE001 - the one who waits gets it
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="measure", daemon=True).start()
+    return future
