@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints
 
 
 class SpecSection(BaseModel):
@@ -44,11 +44,15 @@ def _lower(value: object) -> object:
     return value.strip().lower() if isinstance(value, str) else value
 
 
+PlainText = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""Text that may become a file name: no control characters."""
+
+
 class Destination(SpecSection):
     """`output.destination` (WIRE 4.1, 5.4, 6)."""
 
     type: Annotated[Literal["local", "http"], BeforeValidator(_lower)] = "local"
-    path: str | None = None
+    path: PlainText | None = None
     url: str | None = None
     method: str = "POST"
     headers: dict[str, str] = Field(default_factory=dict)
@@ -59,7 +63,7 @@ class Output(SpecSection):
     """`output`."""
 
     destination: Destination = Field(default_factory=Destination)
-    artifacts: tuple[str, ...] = ()
+    artifacts: tuple[PlainText, ...] = ()
 
 
 class TaskSpec(SpecSection):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import redis
 import redis.asyncio as aioredis
@@ -96,6 +96,31 @@ def sync_client(url: str) -> redis.Redis:
     except (TypeError, ValueError) as error:
         raise BrokerRefusedError(f"the broker address {redacted(url)} cannot be used: {error}") from error
     return redis.Redis(connection_pool=pool)
+
+
+_URL_OPTIONS = ("db", "ssl_", "client_name", "username", "password")
+
+
+def check_url(url: str) -> None:
+    """Look whether connections can be made from a URL, without connecting.
+
+    Raises:
+        ValueError: a part of it is wrong; the text says which, and what is allowed.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in {"redis", "rediss", "unix"} or not (parts.hostname or parts.path):
+        raise ValueError("expected redis://HOST:PORT/DB, rediss://… or unix:///PATH")
+    parts.port  # noqa: B018 - raises ValueError for a port that is no number
+    database = parts.path.strip("/")
+    if parts.scheme != "unix" and database and not database.isdigit():
+        raise ValueError(f"the database {database!r} is no number: expected redis://HOST:PORT/DB")
+    for name in parse_qs(parts.query, keep_blank_values=True):
+        if not name.startswith(_URL_OPTIONS):
+            raise ValueError(f"the option {name!r} is not supported: expected db, client_name or ssl_… options")
+    try:
+        _pool(url, connections=1).make_connection()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise ValueError(f"no connection can be made from it: {error}") from error
 
 
 def redacted(url: str) -> str:

@@ -14,8 +14,9 @@ from orchestrator_client.validation_text import validation_text
 
 JsonObject = dict[str, JsonValue]
 
-TASK_ID_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._:@=+-]{0,199}$"
-"""A task id becomes a folder name and part of Redis keys, so it may hold no slash and not start with a dot."""
+TASK_ID_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._@=+-]{0,199}$"
+"""A task id becomes a folder name and part of Redis keys, so it may hold no slash, no colon, and not start with
+a dot."""
 
 TaskId = Annotated[str, StringConstraints(pattern=TASK_ID_PATTERN)]
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import ValidationError
 
 _LONGEST_VALUE = 80
 _MOST_PROBLEMS = 5
+_SECRET = re.compile(r"header|auth|token|secret|passw|api_?key", re.IGNORECASE)
+"""Places whose values may be secrets and are not repeated."""
 
 
 def validation_text(error: ValidationError, root: str) -> str:
@@ -28,7 +32,8 @@ def validation_text(error: ValidationError, root: str) -> str:
         elif problem["type"] == "value_error":  # our own validators name field and value themselves
             sentences.append(message if message.startswith(root) else f"{place}: {message}")
         else:
-            sentences.append(f"{place} is {_shown(problem['input'])}: {message[:1].lower()}{message[1:]}")
+            shown = "(hidden)" if _SECRET.search(place) else _shown(problem["input"])
+            sentences.append(f"{place} is {shown}: {message[:1].lower()}{message[1:]}")
     if len(problems) > _MOST_PROBLEMS:
         sentences.append(f"and {len(problems) - _MOST_PROBLEMS} more")
     return "; ".join(sentences)

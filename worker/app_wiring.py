@@ -23,13 +23,15 @@ from worker.host_facts import read_hardware
 from worker.process_tree import adopt_orphans, end_everything
 from worker.settings import Settings
 from worker.task_intake import IntakeParts, TaskIntake
-from worker.task_journal import TaskJournal
+from worker.task_journal import JournalError, TaskJournal
 from worker.task_preparation import TaskPreparation
 from worker.task_runner import RunnerParts, TaskRunner
 from worker.worker_identity import StateFolder, take_over
 from worker.worker_presence import Identity, WorkerPresence
 
+_SETTLE_SEC = 1.0
 _FAREWELL_SEC = 5.0
+_CANCEL_AGAIN_SEC = 1.0
 _PRUNE_EVERY_SEC = 3600.0
 
 log = structlog.get_logger()
@@ -56,7 +58,7 @@ class Daemon:
         policy = EnginePolicy(
             allowed_roots=settings.readable_roots, allow_remote_code=settings.worker_allow_remote_code
         )
-        self._engine_tag = str(state.path)
+        self._engine_tag = str(state.path) + "/"  # the slash keeps w-1 apart from w-10
         setup = EngineSetup(tag=self._engine_tag, working_dir=state.path / "engine", policy=policy)
         self._pool = EnginePool(setup, settings.executor_idle_ttl_sec)
 
@@ -76,10 +78,7 @@ class Daemon:
         try:
             return await self._live()
         finally:
-            ending = [*self._tasks.values(), *self._side_tasks]
-            for task in ending:
-                task.cancel()
-            await asyncio.gather(*ending, return_exceptions=True)
+            await _cancelled([*self._tasks.values(), *self._side_tasks])
             await self._pool.close()
             await self._journal.close()
             self._gpus.close()
@@ -217,15 +216,21 @@ class Daemon:
         the farewell, so that the orchestrator requeues only what we never had.
         """
         log.info("shutting down", action="shutdown", grace_sec=self._settings.shutdown_grace_sec)
-        intake.closed = True
-        self._tasks.pop("subscriber").cancel()
-        await runner.drain(self._settings.shutdown_grace_sec, self._hurry)
+        # First nobody may think us IDLE; only then stop listening: a task sent to deaf ears is lost.
+        presence.set_listening(listening=False)
+        await self._publisher.settle(_SETTLE_SEC)
+        await self._end("subscriber")
+        draining = asyncio.create_task(runner.drain(self._settings.shutdown_grace_sec, self._hurry))
+        await intake.close()
+        await draining
         await self._pool.close()
         # A beat that overtakes the farewell would bring the registration back, and nothing would end it.
-        for beat in (self._tasks.pop("heartbeat"), *self._side_tasks):
-            beat.cancel()
+        for task in self._side_tasks:
+            task.cancel()
+        await self._end("heartbeat")
         if not await self._publisher.settle(_FAREWELL_SEC):
             log.warning("not everything could be announced; the journal keeps it for the next start", action="shutdown")
+        await self._end("publisher")
         await self._say_good_bye(presence)
         log.info("stopped", action="shutdown")
 
@@ -238,8 +243,14 @@ class Daemon:
 
     async def _prune(self) -> None:
         while True:
-            await self._journal.prune()
+            try:
+                await self._journal.prune()
+            except JournalError as error:
+                log.warning("cannot prune the journal; trying again later", action="prune", error=str(error))
             await asyncio.sleep(_PRUNE_EVERY_SEC)
+
+    async def _end(self, name: str) -> None:
+        await _cancelled([self._tasks.pop(name)])
 
     def _spawn(self, name: str, work: Coroutine[None, None, None]) -> None:
         self._tasks[name] = asyncio.create_task(work, name=name)
@@ -265,6 +276,14 @@ class Daemon:
         else:
             log.info("signal received", action="signal", signal=name)
             self._stop.set()
+
+
+async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended; some library code swallows a cancellation that comes at a bad moment."""
+    while left := [task for task in tasks if not task.done()]:
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=_CANCEL_AGAIN_SEC)
 
 
 async def _quietly(beat: Coroutine[None, None, None]) -> None:

@@ -68,6 +68,7 @@ class EnginePool:
         if slot is None or slot.engine is not engine:
             return
         if keep and engine.alive:
+            engine.rest()
             slot.busy = False
             slot.idle_since = time.monotonic()
         else:
@@ -81,12 +82,14 @@ class EnginePool:
         while True:
             await asyncio.sleep(min(_LONGEST_IDLE_CHECK_SEC, ttl_sec / 4))
             oldest_allowed = time.monotonic() - ttl_sec
-            for key, slot in list(self._slots.items()):
-                if not slot.busy and (slot.idle_since < oldest_allowed or not slot.engine.alive):
+            for key in list(self._slots):
+                async with self._changing:
+                    slot = self._slots.get(key)
+                    if slot is None or slot.busy or (slot.idle_since >= oldest_allowed and slot.engine.alive):
+                        continue
                     del self._slots[key]
                     log.info("engine was idle", action="engine_idle", engine=key, ttl_sec=self._idle_ttl_sec)
-                    async with self._changing:
-                        await slot.engine.stop()
+                    await slot.engine.stop()
 
     async def close(self) -> None:
         """End all engines."""

@@ -78,7 +78,7 @@ class EngineProcess:
         self.key = key
         self.pid = process.pid
         self.output = output
-        self.tasks_run = 0
+        self._working = False
         self._messages: asyncio.Queue[EngineMessage | ChannelEnd | None] = asyncio.Queue(_UNREAD_MESSAGES)
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         """Resolves with the exit status."""
@@ -94,7 +94,7 @@ class EngineProcess:
     @classmethod
     async def start(cls, key: str, executor: str, setup: EngineSetup) -> EngineProcess:
         """Start a process for the executor "module:Class". Does not wait for it to load anything."""
-        tag = f"{setup.tag}/{uuid.uuid4().hex}"
+        tag = f"{setup.tag}{uuid.uuid4().hex}"
         ours, theirs = socket.socketpair()
         read_end, write_end = os.pipe()
         lifeline, our_lifeline = os.pipe()
@@ -150,8 +150,12 @@ class EngineProcess:
         """Hand over a task."""
         while not self._messages.empty():  # late words about the last task
             self._messages.get_nowait()
-        self.tasks_run += 1
+        self._working = True
         self._send(order)
+
+    def rest(self) -> None:
+        """Its task has ended. What it says until the next one is read and dropped."""
+        self._working = False
 
     async def next_message(self, wait_sec: float) -> EngineMessage | ChannelEnd | None:
         """Its next message, or None when the time is up or somebody called `nudge`."""
@@ -210,7 +214,8 @@ class EngineProcess:
                     message = await asyncio.to_thread(from_engine.validate_json, line)
                 else:
                     message = from_engine.validate_json(line)
-                await self._messages.put(message)
+                if self._working:
+                    await self._messages.put(message)
         except (ValidationError, ValueError) as error:  # ValueError: the line is longer than LONGEST_MESSAGE
             end = ChannelEnd(garbage=str(error).splitlines()[0])
         except OSError as error:

@@ -12,6 +12,8 @@ repeat after a lost connection or a crash stays silent: exactly one final event 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from redis.asyncio.client import Pipeline
 from orchestrator_client.channels import TASK_EVENTS, TASK_STATUS_TTL_SEC, task_key
 from orchestrator_client.connection import COMMAND_TIMEOUT_SEC, DISCONNECTED, pauses
 from orchestrator_client.messages import SentEvent, TaskEvent
-from worker.task_journal import OwedEvent, TaskJournal
+from worker.task_journal import JournalError, OwedEvent, TaskJournal
 
 _MOST_AT_ONCE: Final = 200
 _LISTENER_CHECK_SEC: Final = 1.0
@@ -145,7 +147,8 @@ class EventPublisher:
     async def settle(self, timeout_sec: float) -> bool:
         """Wait until everything said so far has been sent or dropped; False if that took too long."""
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_sec)
+            async with asyncio.timeout(timeout_sec):
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True
@@ -153,7 +156,11 @@ class EventPublisher:
     async def run(self) -> None:
         """Send until cancelled."""
         waits = pauses()
+        look_at = time.monotonic() + _LISTENER_CHECK_SEC
         while True:
+            if self._owing and time.monotonic() >= look_at:
+                await self._send_owed()
+                look_at = time.monotonic() + _LISTENER_CHECK_SEC
             if self._items:
                 if await self._send():
                     waits = pauses()
@@ -162,13 +169,10 @@ class EventPublisher:
                 continue
             self._idle.set()
             self._wake.clear()
-            if self._owing:
-                try:
-                    await asyncio.wait_for(self._wake.wait(), _LISTENER_CHECK_SEC)
-                except TimeoutError:
-                    await self._send_owed()
-            else:
-                await self._wake.wait()
+            # Not wait_for: in Python 3.11 it can swallow the cancellation that ends this task.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(look_at - time.monotonic(), 0.0) if self._owing else None):
+                    await self._wake.wait()
 
     def _put(self, item: _Item) -> None:
         self._items.append(item)
@@ -242,10 +246,13 @@ class EventPublisher:
                     owed.seq for owed, reply in zip(events, answers, strict=True) if isinstance(reply, int) and reply
                 ]
                 self._journal.heard(heard)
-                log.info("owed events delivered", action="publish", count=len(heard))
+                if heard:
+                    log.info("owed events delivered", action="publish", count=len(heard))
                 if len(heard) < len(events):
                     return
             self._owing = False
+        except JournalError as error:
+            log.warning("cannot read what is owed; trying again", action="publish", error=str(error))
         except DISCONNECTED as error:
             self.connected = False
             log.debug("broker still away", action="publish", error=str(error))

@@ -22,8 +22,8 @@ def set_up_logs(settings: Settings) -> None:
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        _hide_secrets(settings),
     ]
+    hide = _hide_secrets(settings)
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(settings.log_level.lower()),
@@ -42,7 +42,7 @@ def set_up_logs(settings: Settings) -> None:
             file.doRollover()  # a fresh file for each start; the last one is kept beside it
         with settings.worker_log_file.open("a"):
             pass
-        file.setFormatter(_formatter(structlog.processors.JSONRenderer(), shared))
+        file.setFormatter(_formatter(structlog.processors.JSONRenderer(), hide, shared))
         root.addHandler(file)
     except OSError as error:
         trouble = str(error)
@@ -50,7 +50,7 @@ def set_up_logs(settings: Settings) -> None:
         stdout = logging.StreamHandler(sys.stdout)
         pretty = settings.log_format == "pretty" or (settings.log_format == "auto" and sys.stdout.isatty())
         renderer = structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer()
-        stdout.setFormatter(_formatter(renderer, shared))
+        stdout.setFormatter(_formatter(renderer, hide, shared))
         root.addHandler(stdout)
     if trouble:
         structlog.get_logger().warning(
@@ -58,11 +58,12 @@ def set_up_logs(settings: Settings) -> None:
         )
 
 
-def _formatter(renderer: Processor, shared: list[Processor]) -> logging.Formatter:
+def _formatter(renderer: Processor, hide: Processor, shared: list[Processor]) -> logging.Formatter:
     return structlog.stdlib.ProcessorFormatter(
         processors=[
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
             structlog.processors.format_exc_info,
+            hide,  # after tracebacks have become text
             renderer,
         ],
         foreign_pre_chain=shared,

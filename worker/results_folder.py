@@ -106,28 +106,28 @@ class ResultToWrite:
     required: tuple[str, ...]
 
 
-def write_results(results: Sequence[ResultToWrite]) -> list[OSError | None]:
+def write_results(results: Sequence[ResultToWrite]) -> list[Exception | None]:
     """Write `responses.json`, then the manifest, of each result; in order, and each file whole or not at all.
 
     All files are written before the first is synced: one commit of the file system then serves many of them. Blocks on
     the disk: call it in a thread.
 
     Returns:
-        For each result the error that kept it from being written, or None.
+        For each result what kept it from being written, or None. Whatever it is, the others are written.
     """
-    errors: list[OSError | None] = [None] * len(results)
+    errors: list[Exception | None] = [None] * len(results)
     staged: list[tuple[int, _StagedFile]] = []
     for number, result in enumerate(results):
         try:
             staged += [(number, file) for file in _stage_result(result)]
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - goes to the caller
             errors[number] = error
     for step in (_StagedFile.sync, _StagedFile.publish):
         for number, file in staged:
             if errors[number] is None:
                 try:
                     step(file)
-                except OSError as error:
+                except Exception as error:  # noqa: BLE001 - goes to the caller
                     errors[number] = error
     for number, file in staged:
         if errors[number] is not None:
@@ -192,7 +192,7 @@ def _stage_result(result: ResultToWrite) -> list[_StagedFile]:
         manifest = _manifest(result, content)
         body = manifest.model_dump_json(indent=2, exclude_none=True).encode()
         return [responses, _StagedFile(result.folder / MANIFEST_FILE, body)]
-    except OSError:
+    except BaseException:
         responses.discard()
         raise
 
@@ -228,8 +228,11 @@ def _declared(name: str) -> str:
 
 def _confined(folder: Path, name: str) -> bool:
     """Whether a declared name with slashes is an existing thing below the folder."""
-    path = (folder / name).resolve()
-    return path.is_relative_to(folder.resolve()) and path.exists()
+    try:
+        path = (folder / name).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError):  # missing, a NUL in the name, a loop of links
+        return False
+    return path.is_relative_to(folder.resolve())
 
 
 def _entry(path: Path, name: str, *, required: bool) -> ManifestEntry:

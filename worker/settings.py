@@ -10,12 +10,11 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_args
-from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from orchestrator_client.connection import redacted
+from orchestrator_client.connection import check_url, redacted
 from orchestrator_client.messages import WORKER_ID_PATTERN
 
 _FALSE_WORDS = frozenset({"0", "false", "no", "off"})
@@ -80,10 +79,7 @@ class BrokerSettings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _url_scheme(cls, value: SecretStr) -> SecretStr:
-        parts = urlsplit(value.get_secret_value().strip())
-        if parts.scheme not in {"redis", "rediss", "unix"} or not (parts.hostname or parts.path):
-            raise ValueError("expected redis://HOST:PORT/DB, rediss://… or unix:///PATH")
-        parts.port  # noqa: B018 - raises ValueError for a port that is no number
+        check_url(value.get_secret_value().strip())
         return SecretStr(value.get_secret_value().strip())
 
 

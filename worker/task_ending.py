@@ -89,7 +89,7 @@ class TaskEnding:
                 for each, end in zip(batch, ends, strict=True):
                     each.ended.set_result(end)
 
-    def _end(self, each: _Waiting, error: OSError | None) -> EndedTask:
+    def _end(self, each: _Waiting, error: Exception | None) -> EndedTask:
         record, outcome, folder = each.record, each.outcome, each.folder
         if error is not None:
             log.error(
@@ -134,17 +134,18 @@ class TaskEnding:
             )  # fmt: skip
 
 
-def _unwritten(folder: Folder, error: OSError) -> Failure:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+def _unwritten(folder: Folder, error: Exception) -> Failure:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return Failure(
         reason="disk_full" if full else "result_write",
-        message=f"the results cannot be written to {folder.path}: {error.strerror or error}",
+        message=f"the results cannot be written to {folder.path}: {text}",
         hint="free disk space on the worker" if full else "check RESULTS_DIR and its permissions on the worker",
         retryable=True,
     )
 
 
-def _write(batch: list[_Waiting]) -> list[OSError | None]:
+def _write(batch: list[_Waiting]) -> list[Exception | None]:
     """Write all results of some tasks. Returns each task's first error."""
     results: list[ResultToWrite] = []
     owner: list[int] = []
@@ -152,7 +153,7 @@ def _write(batch: list[_Waiting]) -> list[OSError | None]:
         own = _results(each)
         results += own
         owner += [number] * len(own)
-    errors: list[OSError | None] = [None] * len(batch)
+    errors: list[Exception | None] = [None] * len(batch)
     for number, error in zip(owner, write_results(results), strict=True):
         errors[number] = errors[number] or error
     return errors

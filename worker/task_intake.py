@@ -6,6 +6,7 @@ Reading never waits for a task, and accepting never waits for the disk more than
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Coroutine
@@ -48,6 +49,8 @@ _CLAIM_WAIT_PER_TASK_SEC: Final = 0.25
 _CLAIM_WAIT_MOST_SEC: Final = 2.0
 _CLAIM_WAIT_UNABLE_SEC: Final = 3.0
 _CLAIM_PATIENCE_SEC: Final = 30.0
+_FINISH_WITHIN_SEC: Final = 5.0
+_REMEMBER_CANCEL_SEC: Final = 60.0
 
 log = structlog.get_logger()
 
@@ -102,7 +105,9 @@ class TaskIntake:
         self._side_jobs: set[asyncio.Task[None]] = set()
         self.malformed = 0
         self.others = 0
-        self.closed = False
+        self._closing = asyncio.Event()
+        self._cancelled: dict[str, float] = {}
+        """Ids that were cancelled while something was arriving, with the time of it."""
 
     def on_message(self, channel: str, raw: bytes) -> None:
         """Look at one message; called by the subscriber, in order, and never blocks."""
@@ -133,12 +138,21 @@ class TaskIntake:
                 finally:
                     self._parts.runner.expect(-len(batch))
 
+    async def close(self) -> None:
+        """Claim nothing more, and finish what was begun; the subscription has ended before."""
+        self._closing.set()
+        if self._side_jobs:
+            _, late = await asyncio.wait(self._side_jobs, timeout=_FINISH_WITHIN_SEC)
+            for job in late:
+                job.cancel()
+
     async def resume(self) -> None:
         """Put back what an earlier life of this worker accepted and did not end."""
         for task in await self._parts.journal.open_tasks():
             arrival = self._read(task.envelope, task.received_at, time.monotonic())
             if arrival is None:  # written by another version
                 continue
+            await asyncio.sleep(0)  # a large one takes a while to read
             record = arrival.record(Acceptance(task.dispatch, None))
             log.info("resuming a task", action="resume", task_id=task.task_id, starts=task.starts)
             if task.starts >= _MOST_STARTS:
@@ -230,8 +244,10 @@ class TaskIntake:
         log.debug("task accepted", action="accept", task_id=arrival.task_id, task_type=arrival.kind)
         if arrival.failure is not None:
             self._parts.runner.reject(record, arrival.failure)
-        else:
-            self._parts.runner.enqueue(record)
+            return
+        self._parts.runner.enqueue(record)
+        if self._cancelled.pop(arrival.task_id, None) is not None:
+            self._parts.runner.cancel(arrival.task_id)
 
     async def _answer_again(self, arrival: _Arrival, answer: Acceptance) -> None:
         """A task that succeeded here comes again: the event was lost. Say it again, unless the result is gone."""
@@ -240,8 +256,13 @@ class TaskIntake:
             log.warning(
                 "done before, but its result is gone; running it again", action="duplicate", task_id=arrival.task_id
             )
-            await self._parts.journal.forget(arrival.task_id)
-            await self._accept([arrival])
+            try:
+                await self._parts.journal.forget(arrival.task_id)
+            except JournalError as error:
+                log.error("cannot accept a task", action="accept", task_id=arrival.task_id, error=str(error))
+                self._say_not_accepted(arrival, error)
+            else:
+                await self._accept([arrival])
             return
         log.info("done before; saying so again", action="duplicate", task_id=arrival.task_id)
         self._side_job(self._owe(arrival.task_id, event, arrival.received))
@@ -280,8 +301,10 @@ class TaskIntake:
         self._side_job(self._claim(envelope.task_id, raw, wait))
 
     async def _claim(self, task_id: str, raw: bytes, wait: float) -> None:
-        await asyncio.sleep(wait)
-        if self.closed:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait):
+                await self._closing.wait()
+        if self._closing.is_set():
             return
         worker_id = self._parts.worker_id.encode()
         try:
@@ -303,6 +326,10 @@ class TaskIntake:
             return
         if self._parts.runner.cancel(message.task_id):
             log.info("cancelling", action="cancel", task_id=message.task_id)
+        elif self._inbox or self._side_jobs or self._parts.runner.arriving:
+            now = time.monotonic()
+            self._cancelled = {known: at for known, at in self._cancelled.items() if now - at < _REMEMBER_CANCEL_SEC}
+            self._cancelled[message.task_id] = now
 
     def _count_malformed(self, error: EnvelopeError) -> None:
         self.malformed += 1

@@ -244,6 +244,8 @@ def owes_anything(path: Path) -> bool:
     try:
         query = "SELECT EXISTS (SELECT 1 FROM tasks WHERE state = 'accepted') OR EXISTS (SELECT 1 FROM owed)"
         return bool(db.execute(query).fetchone()[0])
+    except sqlite3.Error as error:
+        raise JournalError(f"cannot read the journal {path}: {error}") from error
     finally:
         db.close()
 

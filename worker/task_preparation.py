@@ -144,7 +144,7 @@ class TaskPreparation:
         entry = self.entry_for(envelope.kind)
         try:
             executor = executor_class(entry)
-            spec, sent = self._validate(executor, envelope.task.spec, "spec")
+            spec, sent = self._validate(executor, entry.kind, envelope.task.spec, "spec")
         except ExecutorError as error:
             retryable = error.reason == "missing_dependency"  # another worker may have it
             failure = Failure(reason=error.reason, message=error.message, hint=error.hint, retryable=retryable)
@@ -180,8 +180,10 @@ class TaskPreparation:
         """The folder of a task whose spec cannot be read."""
         return Folder(self._settings.results_dir / task_id, ())
 
-    def _validate(self, executor: type[Executor[Any]], spec: JsonObject, place: str) -> tuple[TaskSpec, JsonObject]:
-        sent = self._with_default_model(spec)
+    def _validate(
+        self, executor: type[Executor[Any]], kind: str, spec: JsonObject, place: str
+    ) -> tuple[TaskSpec, JsonObject]:
+        sent = self._with_default_model(spec) if kind == "inference" else spec
         try:
             return executor.spec_type.model_validate(sent), sent
         except ValidationError as error:
@@ -189,7 +191,7 @@ class TaskPreparation:
 
     def _with_default_model(self, spec: JsonObject) -> JsonObject:
         """Fill in VLLM_MODEL or HF_MODEL where an inference task names no model (WIRE 4.1)."""
-        if str(spec.get("taskType")).strip().lower() != "inference" or self._default_model is None:
+        if self._default_model is None:
             return spec
         model = spec.get("model") or {}
         source: JsonValue = (model.get("source") or {}) if isinstance(model, dict) else None
@@ -210,7 +212,9 @@ class TaskPreparation:
             try:
                 if child.spec is None:
                     raise BadSpecError(f"merged_children: the spec of {child.task_id} is missing")
-                spec, sent = self._validate(executor, child.spec, f"merged_children[{child.task_id}].spec")
+                spec, sent = self._validate(
+                    executor, envelope.kind, child.spec, f"merged_children[{child.task_id}].spec"
+                )
             except ExecutorError as error:
                 failure = Failure(reason=error.reason, message=error.message, hint=error.hint)
                 failed[child.task_id] = FailedChild(failure, self.default_folder(child.task_id))

@@ -58,6 +58,8 @@ class TaskRunner:
         self._queued = asyncio.Event()
         self._none_open = asyncio.Event()
         self._none_open.set()
+        self._none_arriving = asyncio.Event()
+        self._none_arriving.set()
         self._ends: set[asyncio.Task[None]] = set()
         self._unwritten = asyncio.Semaphore(_MOST_UNWRITTEN_ENDS)
         self._current: TaskExecution | None = None
@@ -72,9 +74,18 @@ class TaskRunner:
         """How many accepted tasks have not ended."""
         return len(self._open)
 
+    @property
+    def arriving(self) -> bool:
+        """Whether messages for this worker are being accepted."""
+        return self._arriving > 0
+
     def expect(self, arrivals: int) -> None:
         """Some messages for this worker are being accepted (or, negative, have been): do not look idle meanwhile."""
         self._arriving += arrivals
+        if self._arriving:
+            self._none_arriving.clear()
+        else:
+            self._none_arriving.set()
         self._show_status()
 
     def enqueue(self, record: TaskRecord) -> None:
@@ -113,8 +124,12 @@ class TaskRunner:
             await self._run_one(record)
 
     async def drain(self, grace_sec: float, hurry: asyncio.Event) -> None:
-        """Take no more, give the running task its time, then stop it; returns when every task has ended."""
+        """Take no more, give the running task its time, then stop it; returns when every task has ended.
+
+        What is being accepted just now still gets its end here: it is in the journal, or about to be.
+        """
         self._draining = True
+        await self._none_arriving.wait()
         while self._queue:
             record = self._queue.popleft()
             self._end_soon(record, failure_of(EngineEnd("worker_shutdown")), self._folder(record), record.prepared)
@@ -214,14 +229,15 @@ class TaskRunner:
             log.exception("a task could not be ended", action="task_end", task_id=record.task_id)
             raise
         finally:
-            self._open.pop(record.task_id, None)
+            if self._open.get(record.task_id) is record:  # else the same id was dispatched again meanwhile
+                del self._open[record.task_id]
             if not self._open:
                 self._none_open.set()
+            self._show_status(record.task_id)
         status = "success" if isinstance(ended.outcome, Success) else "failed"
         self._parts.presence.lifecycle(
             "job_completed", {**self._job(record), "status": status, "objective_score": None}
         )
-        self._show_status(record.task_id)
 
     def _show_status(self, last_task: str = "") -> None:
         """IDLE only while a task could be taken: nothing waits, runs, ends or arrives (WIRE 0 step 9)."""

@@ -19,12 +19,14 @@ from typing import Final
 import psutil
 import redis.asyncio as aioredis
 import structlog
+from redis.exceptions import ResponseError
 
 from orchestrator_client.channels import WORKER_EVENTS, WORKER_IDS, heartbeat_key, worker_key
+from orchestrator_client.errors import BrokerRefusedError
 from orchestrator_client.messages import WorkerEvent
 from worker.host_facts import host_id
 from worker.settings import Settings, random_worker_id
-from worker.task_journal import owes_anything
+from worker.task_journal import JournalError, owes_anything
 
 JOURNAL_FILE: Final = "journal.sqlite3"
 _LOCK_FILE: Final = "lock"
@@ -80,7 +82,13 @@ def take_identity(settings: Settings) -> StateFolder:
         state = _lock(settings.state_root, folder.name) if _RANDOM_ID.fullmatch(folder.name) else None
         if state is None:
             continue
-        if owes_anything(state.journal):
+        try:
+            owing = owes_anything(state.journal)
+        except JournalError as error:
+            log.warning("skipping the folder of a dead worker", action="start", folder=str(folder), error=str(error))
+            state.release()
+            continue
+        if owing:
             log.info("taking over the id of a dead worker with unfinished work", action="start", worker_id=folder.name)
             return state
         shutil.rmtree(folder, ignore_errors=True)  # a random id that will not come back
@@ -96,9 +104,17 @@ async def take_over(client: aioredis.Redis, worker_id: str) -> None:
 
     Raises:
         IdInUseError: its owner is alive.
+        BrokerRefusedError: the key holds something else, or may not be read.
         DISCONNECTED: the broker is away.
     """
     key = worker_key(worker_id)
+    try:
+        await client.hget(key, "worker_id")
+    except ResponseError as error:
+        raise BrokerRefusedError(
+            f"the key {key} in the broker cannot be used: {error}; another system may use it: "
+            "take another database in REDIS_URL, or another WORKER_ID"
+        ) from error
     facts: _Facts = await client.hgetall(key)  # type: ignore[assignment]  # the client does not decode
     if not facts:
         return
@@ -129,10 +145,16 @@ async def take_over(client: aioredis.Redis, worker_id: str) -> None:
     log.info("unregistered the dead owner of this id; its tasks are requeued", action="start", worker_id=worker_id)
 
 
+def process_home() -> str:
+    """Where a process id means something: host, boot and process namespace."""
+    namespace = Path("/proc/self/ns/pid").stat().st_ino
+    return f"{host_id()}:{namespace}"
+
+
 def _surely_dead(facts: _Facts) -> bool:
     """Whether the owner ran on this host and its process is gone, or its process id is now ours."""
     pid = _number(facts.get(b"pid"))
-    same_host = facts.get(b"host_id", b"").decode(errors="replace") == host_id()
+    same_host = facts.get(b"host_id", b"").decode(errors="replace") == process_home()
     return same_host and (pid == os.getpid() or not psutil.pid_exists(pid))
 
 

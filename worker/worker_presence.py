@@ -29,8 +29,9 @@ from orchestrator_client.connection import DISCONNECTED
 from orchestrator_client.messages import JsonObject, LifecycleEvent, WorkerEvent, now_iso
 from worker.event_publisher import EventPublisher
 from worker.gpu_facts import GpuReader
-from worker.host_facts import Hardware, host_id, load_average
+from worker.host_facts import Hardware, load_average
 from worker.power_meter import PowerMeter, accrued_cost_usd
+from worker.worker_identity import process_home
 
 Status = Literal["STARTING", "IDLE", "RUNNING"]
 """The only values the orchestrator knows; it dispatches to IDLE workers alone (WIRE 1.2)."""
@@ -127,7 +128,7 @@ class WorkerPresence:
         """Everything accepted has ended."""
         self.status, self._task_id, self._last_task = "IDLE", "", last_task
         payload: JsonObject = {"last_task": last_task} if last_task else {}
-        fields = {"extra_last_task": last_task, "extra_task_id": ""}
+        fields = {"extra_task_id": ""} | ({"extra_last_task": last_task} if last_task else {})
         self._publisher.say(lambda pipe: self._add_status(pipe, payload, fields))
 
     def lifecycle(self, event_type: Literal["job_started", "job_completed"], data: JsonObject) -> None:
@@ -192,7 +193,8 @@ class WorkerPresence:
         if self._measuring is None or self._measuring.done():
             self._measuring = _in_thread(self._metrics)
         try:
-            self._measured = await asyncio.wait_for(asyncio.shield(self._measuring), _MEASURE_WITHIN_SEC)
+            async with asyncio.timeout(_MEASURE_WITHIN_SEC):
+                self._measured = await asyncio.shield(self._measuring)
         except TimeoutError:
             log.warning("power readings do not come; using old ones", action="measure", waited_sec=_MEASURE_WITHIN_SEC)
         return self._measured | {"uptime_sec": round(self._uptime_sec(), 3), "accrued_cost_usd": self._cost()}
@@ -222,7 +224,7 @@ class WorkerPresence:
             "tags_json": json.dumps(who.tags),
             "cost_per_hour": str(who.cost_per_hour),
             "heartbeat_interval_sec": str(who.interval_sec),
-            "host_id": host_id(),
+            "host_id": process_home(),
             "gaps": str(self.gaps),
         }
         payload: JsonObject = {"env": who.environment, "hardware": hardware, "cost_per_hour": who.cost_per_hour}
