@@ -26,9 +26,7 @@ class EchoTask(Executor[EchoSpec]):
 
     def run(self, task: ExecutorTask[EchoSpec]) -> TaskOutput:
         """Return `{"ok": true, "echo": <spec>}` (WIRE 5.2), secrets masked (WIRE 9.38)."""
-        return TaskOutput(
-            result={"ok": True, "echo": task.spec.model_dump(mode="json", by_alias=True, exclude_unset=True)}
-        )
+        return TaskOutput(result={"ok": True, "echo": _without_secrets(task.sent_spec)})
 
 
 def _without_secrets(value: JsonValue) -> JsonValue:

@@ -24,7 +24,7 @@ Act = Literal[
     "hang", "hang_gil", "obey", "quiet", "chatty", "flood", "garbage", "half_close", "close", "impostor",
     "grandchild", "grandchild_exit", "grandchild_hang",
     "stopped", "not_output", "not_json", "surrogate", "nan", "huge", "environment",
-    "progress", "files", "sleep", "signal_handler", "long_line",
+    "progress", "files", "sleep", "signal_handler", "long_line", "talking_thread", "stubborn",
 ]  # fmt: skip
 
 
@@ -102,6 +102,23 @@ def _thread(task: Task) -> None:
     """Leave a thread behind that raises after the end and one that never ends."""
     del task
     threading.Thread(target=time.sleep, args=(LONG_SEC,)).start()
+
+
+def _talking_thread(task: Task) -> None:
+    """Leave a thread behind that goes on logging, a megabyte a line, and counts its lines in a file."""
+
+    def talk() -> None:
+        for number in range(1, 201):
+            task.report.log("debug", "x" * 2**20)
+            (task.out_dir.parent / "said").write_text(str(number))
+
+    threading.Thread(target=talk, daemon=True).start()
+
+
+def _stubborn(task: Task) -> None:
+    """Have no ear for SIGTERM, also after the end."""
+    del task
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _hang(task: Task) -> None:

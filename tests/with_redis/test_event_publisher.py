@@ -186,3 +186,31 @@ async def test_a_refused_command_does_not_stop_the_others(rig: Rig, broker_url: 
         rig.publisher.task_started(TaskEvent(type="TASK_STARTED", task_id="t2", worker_id="w1"), {"status": "RUNNING"})
 
         assert [(await listener.next())["task_id"] for _ in range(2)] == ["t1", "t2"]
+
+
+async def test_owed_events_do_not_wait_for_the_talk_to_stop(rig: Rig, broker_url: str):
+    rig.publisher.task_ended(await rig.final("t1"), {"status": "SUCCEEDED"})
+    assert await rig.publisher.settle(5)
+
+    async def talk() -> None:
+        while True:
+            rig.publisher.say(lambda pipe: pipe.ping())
+            await asyncio.sleep(0.05)
+
+    talking = asyncio.create_task(talk())
+    async with Listener(broker_url) as listener:
+        assert (await listener.next(5))["task_id"] == "t1"
+    talking.cancel()
+
+
+async def test_a_publisher_ends_when_it_is_cancelled_at_the_moment_of_a_wake(broker_url: str, tmp_path: Path):
+    rig = Rig(broker_url, tmp_path)
+    rig.publisher.task_ended(await rig.final("t1"), {"status": "SUCCEEDED"})  # nobody hears it: something is owed
+    assert await rig.publisher.settle(5)
+
+    rig.publisher.say(lambda pipe: pipe.ping())
+    rig._running.cancel()
+    done, _ = await asyncio.wait([rig._running], timeout=3)
+
+    assert done
+    await rig.close()

@@ -12,10 +12,10 @@ import pytest
 
 from orchestrator_client.channels import WORKER_EVENTS, WORKER_IDS, heartbeat_key, worker_key
 from orchestrator_client.connection import command_client, sync_client
-from worker.host_facts import host_id
+from orchestrator_client.errors import BrokerRefusedError
 from worker.settings import Settings
 from worker.task_journal import TaskJournal
-from worker.worker_identity import IdInUseError, take_identity, take_over
+from worker.worker_identity import IdInUseError, process_home, take_identity, take_over
 
 
 def settings(tmp_path: Path, worker_id: str = "") -> Settings:
@@ -86,7 +86,7 @@ def ended_pid() -> int:
 @pytest.mark.parametrize("owner", ["ended here", "this pid", "silent elsewhere", "no heartbeat key"])
 async def test_a_dead_owner_is_unregistered_first(broker_url: str, owner: str):
     pid = {"ended here": ended_pid(), "this pid": os.getpid()}.get(owner, 1)
-    host = host_id() if owner in {"ended here", "this pid"} else "elsewhere:boot"
+    host = process_home() if owner in {"ended here", "this pid"} else "elsewhere:boot"
     client = command_client(broker_url)
     await client.sadd(WORKER_IDS, "w1")
     await client.hset(worker_key("w1"), mapping=registration(pid, host))
@@ -134,3 +134,24 @@ async def test_a_free_id_needs_nothing(broker_url: str):
 
     assert await client.keys("*") == []
     await client.aclose()
+
+
+async def test_a_key_that_another_system_uses_is_named(broker_url: str):
+    client = command_client(broker_url)
+    await client.set(worker_key("w1"), "{}", ex=60)
+
+    with pytest.raises(BrokerRefusedError, match=r"worker:w1.*another WORKER_ID"):
+        await take_over(client, "w1")
+    await client.aclose()
+
+
+def test_a_damaged_journal_of_a_dead_random_id_is_skipped(tmp_path: Path):
+    first = take_identity(settings(tmp_path))
+    first.journal.write_bytes(b"no database, and long enough to be taken for one" * 100)
+    first.release()
+
+    second = take_identity(settings(tmp_path))
+
+    assert second.worker_id != first.worker_id
+    assert first.journal.exists()
+    second.release()

@@ -7,9 +7,11 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 
 from orchestrator_client.errors import EnvelopeError
 from orchestrator_client.messages import TaskEnvelope, TaskEvent, decode_envelope, decode_head, safe_task_id
+from orchestrator_client.validation_text import validation_text
 
 
 def envelope(**changes: object) -> bytes:
@@ -87,7 +89,7 @@ def test_a_safe_id_is_one_plain_path_component(task_id: str):
     if safe_task_id(task_id):
         assert task_id.isascii()
         assert not task_id.startswith(".")
-        assert not set(task_id) & set("/\\\0\n ")
+        assert not set(task_id) & set("/\\\0\n :")
         assert len(task_id) <= 200
 
 
@@ -97,3 +99,25 @@ def test_an_event_is_one_json_object_with_the_types_the_orchestrator_demands():
     assert isinstance(sent["ts"], str)
     assert sent["payload"] == {}
     assert sent["status"] is None
+
+
+def test_an_id_cannot_be_the_name_of_another_tasks_claim():
+    assert safe_task_id("t1")
+    assert not safe_task_id("t1:claim")
+
+
+class Login(BaseModel):
+    headers: dict[str, str]
+    api_key: int
+    size: int
+
+
+def test_what_may_be_a_secret_is_not_repeated():
+    with pytest.raises(ValidationError) as caught:
+        Login.model_validate({"headers": "Bearer sk-1", "api_key": "sk-2", "size": "big"})
+
+    text = validation_text(caught.value, "spec")
+
+    assert "sk-" not in text
+    assert "spec.headers is (hidden)" in text
+    assert "spec.size is 'big'" in text

@@ -73,6 +73,18 @@ def test_one_result_that_cannot_be_written_keeps_no_other_back(tmp_path: Path):
     ]
 
 
+def test_a_loop_of_links_below_a_declared_name_is_only_missing(tmp_path: Path):
+    folder = tmp_path / "t1"
+    prepare(folder)
+    (folder / "loop").symlink_to("loop")
+
+    write_result(folder, "t1", {"ok": True}, ("loop/x", "loop", "logs/../../t1/logs"))
+
+    entries = {entry["name"]: entry for entry in json.loads((folder / "manifest.json").read_text())["entries"]}
+    assert entries["loop/x"]["status"] == "missing"
+    assert entries["loop"]["status"] == "present"
+
+
 def test_a_result_is_indented_utf8_without_nan(tmp_path: Path):
     write_result(tmp_path / "t1", "t1", {"text": "Grüße", "loss": math.nan, "more": [math.inf, 1.5]}, ())
 
