@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 _LONGEST_VALUE = 80
 _MOST_PROBLEMS = 5
-_SECRET = re.compile(r"header|auth|token|secret|passw|api_?key", re.IGNORECASE)
+_SECRET = re.compile(r"header|auth|token(?!s|iz)|secret|passw|api_?key", re.IGNORECASE)
 """Places whose values may be secrets and are not repeated."""
 
 

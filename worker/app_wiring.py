@@ -54,7 +54,7 @@ class Daemon:
         self._client = command_client(self._url)
         self._publisher_client = batch_client(self._url)
         self._journal = TaskJournal(state.journal)
-        self._publisher = EventPublisher(self._publisher_client, self._journal)
+        self._publisher = EventPublisher(self._publisher_client, self._journal, settings.task_min_turnaround_ms / 1000)
         policy = EnginePolicy(
             allowed_roots=settings.readable_roots, allow_remote_code=settings.worker_allow_remote_code
         )

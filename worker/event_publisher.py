@@ -30,6 +30,8 @@ from worker.task_journal import JournalError, OwedEvent, TaskJournal
 
 _MOST_AT_ONCE: Final = 200
 _LISTENER_CHECK_SEC: Final = 1.0
+_FRESH_SEC: Final = 0.5
+"""An owed event younger than this is on its way here by `task_ended`; the journal is for those that got stuck."""
 _UNHURRIED_SEC: Final = 0.01
 _COMMANDS_PER_END: Final = 3
 """Two for the hash, one for the event."""
@@ -66,11 +68,13 @@ class EventPublisher:
     Args:
         client: a `batch_client` of this publisher's own.
         journal: where owed events lie.
+        min_turnaround_sec: how long final events may be held back on purpose (WIRE 9.13).
     """
 
-    def __init__(self, client: aioredis.Redis, journal: TaskJournal) -> None:
+    def __init__(self, client: aioredis.Redis, journal: TaskJournal, min_turnaround_sec: float = 0.0) -> None:
         self._client = client
         self._journal = journal
+        self._min_age_sec = min_turnaround_sec + _FRESH_SEC
         self._items: deque[_Item] = deque()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -234,7 +238,7 @@ class EventPublisher:
             self.connected = True
             if not listeners:
                 return
-            while events := await self._journal.owed(_MOST_AT_ONCE):
+            while events := await self._journal.owed(_MOST_AT_ONCE, min_age_sec=self._min_age_sec):
                 async with asyncio.timeout(COMMAND_TIMEOUT_SEC), self._client.pipeline(transaction=False) as pipe:
                     for owed in events:
                         _set_task(pipe, owed.task_id, _shown_end(owed))  # its last words may have been lost too
@@ -250,7 +254,7 @@ class EventPublisher:
                     log.info("owed events delivered", action="publish", count=len(heard))
                 if len(heard) < len(events):
                     return
-            self._owing = False
+            self._owing = bool(await self._journal.owed(1))
         except JournalError as error:
             log.warning("cannot read what is owed; trying again", action="publish", error=str(error))
         except DISCONNECTED as error:

@@ -147,10 +147,19 @@ class TaskJournal:
         query = "DELETE FROM owed WHERE seq = ?"
         self._put_later(_Job(lambda db: db.executemany(query, [(number,) for number in numbers]), None))
 
-    async def owed(self, limit: int) -> list[OwedEvent]:
-        """The oldest events that are still owed."""
-        query = "SELECT seq, task_id, token, event FROM owed ORDER BY seq LIMIT ?"
-        return await self._do(lambda db: [OwedEvent(*row) for row in db.execute(query, (limit,))])
+    async def owed(self, limit: int, *, min_age_sec: float = 0.0) -> list[OwedEvent]:
+        """The oldest events that are still owed.
+
+        Args:
+            limit: how many at most.
+            min_age_sec: younger ones are left out: whoever recorded them is about to publish them.
+        """
+        now = time.time()
+        # One from the future was recorded before the clock was set back.
+        query = "SELECT seq, task_id, token, event FROM owed WHERE since <= ? OR since > ? ORDER BY seq LIMIT ?"
+        return await self._do(
+            lambda db: [OwedEvent(*row) for row in db.execute(query, (now - min_age_sec, now, limit))]
+        )
 
     async def open_tasks(self) -> list[OpenTask]:
         """Tasks that were accepted and have not ended, oldest first."""
