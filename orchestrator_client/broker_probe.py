@@ -107,6 +107,7 @@ def _key_rights(client: Redis) -> list[str]:
     pipe.hset(task, "status", "QUEUED")
     pipe.expire(task, _PROBE_TTL_SEC)
     pipe.set(claim, worker_id, nx=True, ex=_PROBE_TTL_SEC)
+    pipe.eval("return redis.call('HGET', KEYS[1], 'status')", 1, task)  # final events are published by a script
     pipe.srem(channels.WORKER_IDS, worker_id)  # adding it, even for a moment, would show it to orchestrators
     pipe.delete(worker, heartbeat, task, claim)
     return sorted({str(answer) for answer in pipe.execute(raise_on_error=False) if isinstance(answer, RedisError)})
@@ -131,6 +132,7 @@ def _publish_rights(client: Redis, topic: str) -> tuple[tuple[str, ...], tuple[s
     try:
         user = decoded(client.acl_whoami())
         answers = [client.acl_dryrun(user, "PUBLISH", channel, "x") for channel in wanted]
+        answers.append(client.acl_dryrun(user, "SADD", channels.WORKER_IDS, "x"))
     except ResponseError:
         return (), wanted
     return tuple(f"publish: {text}" for answer in answers if (text := decoded(answer)) != "OK"), ()

@@ -104,7 +104,6 @@ class TaskIntake:
         self._arrived = asyncio.Event()
         self._side_jobs: set[asyncio.Task[None]] = set()
         self.malformed = 0
-        self.others = 0
         self._closing = asyncio.Event()
         self._cancelled: dict[str, float] = {}
         """Ids that were cancelled while something was arriving, with the time of it."""
@@ -123,8 +122,6 @@ class TaskIntake:
             self._take(raw)
         elif head.assigned_worker is None:
             self._claim_later(raw)
-        else:
-            self.others += 1
 
     async def run(self) -> None:
         """Accept what arrives until cancelled."""
