@@ -36,15 +36,18 @@ class EngineEnd:
     log_tail: tuple[str, ...] = ()
 
 
-def failure_of(end: EngineEnd) -> Failure:  # noqa: PLR0911 - one return for each cause reads best
+def failure_of(end: EngineEnd) -> Failure:
     """Turn an engine's end into the failure of the task that ran in it."""
+    return _explained(end).model_copy(update={"log_tail": end.log_tail})
+
+
+def _explained(end: EngineEnd) -> Failure:  # noqa: PLR0911 - one return for each cause reads best
     match end.cause:
         case "timeout":
             return Failure(
                 reason="timeout",
                 message=f"the task ran longer than its limit of {end.seconds:g} s",
                 hint="raise spec.timeoutSec or WORKER_TASK_TIMEOUT_SEC, or give the task less to do",
-                log_tail=end.log_tail,
             )
         case "no_progress":
             return Failure(
@@ -52,31 +55,27 @@ def failure_of(end: EngineEnd) -> Failure:  # noqa: PLR0911 - one return for eac
                 message=f"the task said and printed nothing for {end.seconds:g} s and was stopped",
                 hint="raise spec.noProgressTimeoutSec or WORKER_NO_PROGRESS_TIMEOUT_SEC if it is just quiet",
                 retryable=True,
-                log_tail=end.log_tail,
             )
         case "cancelled":
-            return Failure(reason="cancelled", message="the task was cancelled", log_tail=end.log_tail)
+            return Failure(reason="cancelled", message="the task was cancelled")
         case "worker_shutdown":
             return Failure(
                 reason="worker_shutdown",
                 message="the worker was shut down before the task was finished",
                 hint="send the task again, or raise SHUTDOWN_GRACE_SEC",
                 retryable=True,
-                log_tail=end.log_tail,
             )
         case "garbage":
             return Failure(
                 reason="engine_protocol",
                 message=f"the engine process sent something that is no message: {end.detail}",
                 hint="this is a fault of the executor or of the worker; the engine was replaced",
-                log_tail=end.log_tail,
             )
         case "channel_closed":
             return Failure(
                 reason="engine_protocol",
                 message="the engine process closed its channel to the worker while it ran",
                 hint="an executor must not close descriptors that it did not open; the engine was replaced",
-                log_tail=end.log_tail,
             )
         case "gone":
             return _gone(end)
@@ -92,7 +91,6 @@ def _gone(end: EngineEnd) -> Failure:
                 message="the kernel killed the engine process because memory ran out",
                 hint="lower the batch or the model's size, or give the host (or its cgroup) more memory",
                 retryable=True,
-                log_tail=end.log_tail,
             )
         hint = (
             "somebody or something killed it: look at `dmesg` for the out-of-memory killer"
@@ -104,14 +102,12 @@ def _gone(end: EngineEnd) -> Failure:
             message=f"the engine process was ended by {name}",
             hint=hint,
             retryable=True,
-            log_tail=end.log_tail,
         )
     return Failure(
         reason="engine_crash",
         message=f"the engine process exited with status {status} in the middle of the task",
         hint="the last log lines may show why; the full log is in the task's logs/engine.log",
         retryable=True,
-        log_tail=end.log_tail,
     )
 
 

@@ -99,9 +99,9 @@ class EnginePool:
 
     async def _make_room(self, key: str, *, exclusive: bool) -> None:
         """End what must not live beside a new engine: a dead one, another exclusive one, the stalest light one."""
-        ending = [k for k, slot in self._slots.items() if k == key or (exclusive and slot.exclusive)]
+        ending = {k for k, slot in self._slots.items() if k == key or (exclusive and slot.exclusive)}
         light = sorted((slot.idle_since, k) for k, slot in self._slots.items() if not slot.exclusive and not slot.busy)
         if not exclusive and len(light) >= _MOST_LIGHT_ENGINES:
-            ending.append(light[0][1])
+            ending.add(light[0][1])
         for each in ending:
             await self._slots.pop(each).engine.stop()

@@ -224,10 +224,12 @@ class TaskRunner:
                 if slot:
                     self._unwritten.release()
             await self._ending.announce(ended)
-        except Exception:
-            # A fault of ours. The journal still has the task, so the next start of the daemon ends it.
-            log.exception("a task could not be ended", action="task_end", task_id=record.task_id)
-            raise
+        except Exception:  # a fault of ours, which must not take the other tasks with it
+            log.exception(
+                "a task could not be ended; the journal keeps it, and the next start of the daemon runs it again",
+                action="task_end", task_id=record.task_id,
+            )  # fmt: skip
+            return
         finally:
             if self._open.get(record.task_id) is record:  # else the same id was dispatched again meanwhile
                 del self._open[record.task_id]

@@ -17,7 +17,7 @@ from orchestrator_client.channels import TASK_EVENTS, task_key
 from orchestrator_client.connection import DISCONNECTED, command_client
 from orchestrator_client.messages import TaskEvent
 from worker.event_publisher import EventPublisher
-from worker.task_journal import OwedEvent, TaskJournal
+from worker.task_journal import JournalError, OwedEvent, TaskJournal
 
 
 class Listener:
@@ -214,3 +214,22 @@ async def test_a_publisher_ends_when_it_is_cancelled_at_the_moment_of_a_wake(bro
 
     assert done
     await rig.close()
+
+
+async def test_a_journal_that_cannot_be_read_is_tried_again(rig: Rig, broker_url: str, monkeypatch: pytest.MonkeyPatch):
+    rig.publisher.task_ended(await rig.final("t1"), {"status": "SUCCEEDED"})
+    assert await rig.publisher.settle(5)
+    asked = 0
+    readable = rig.journal.owed
+
+    async def owed(limit: int, *, min_age_sec: float = 0.0) -> list[OwedEvent]:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise JournalError("database is locked")
+        return await readable(limit, min_age_sec=min_age_sec)
+
+    monkeypatch.setattr(rig.journal, "owed", owed)
+    async with Listener(broker_url) as listener:
+        assert (await listener.next(10))["task_id"] == "t1"
+    assert asked > 1
