@@ -63,15 +63,22 @@ async def test_an_exclusive_engine_starts_only_when_the_other_is_gone():
     await pool.close()
 
 
-async def test_engines_that_expire_while_another_starts_never_overlap(monkeypatch: pytest.MonkeyPatch):
+async def test_an_engine_that_expires_while_another_is_wanted_never_overlaps_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine_pool, "_LONGEST_IDLE_CHECK_SEC", 0.0)
     pool = EnginePool(SETUP, 1e-9)
+    await used(pool, "light", exclusive=False)
+    await used(pool, "model-1", exclusive=True)
     idling = asyncio.create_task(pool.end_idle())
-    for round_number in range(50):
-        await used(pool, f"light-{round_number % 2}", exclusive=False)
-        await used(pool, f"model-{round_number % 3}", exclusive=True)
+    while "light" in pool._slots:
         await asyncio.sleep(0)
-        assert not idling.done()
+    assert "light" in StandIn.living  # it is being ended, and model-1 is next
+
+    engine, warm = await pool.acquire("model-2", "m:C", exclusive=True)
+
+    assert not warm
+    assert engine.alive
+    assert StandIn.living & {"model-1", "model-2"} == {"model-2"}
+    assert not idling.done()
     idling.cancel()
     await pool.close()
 
