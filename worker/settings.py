@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -19,7 +20,6 @@ from orchestrator_client.messages import WORKER_ID_PATTERN
 
 _FALSE_WORDS = frozenset({"0", "false", "no", "off"})
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-_LATER = "Checked now, takes effect with HTTP delivery."
 
 
 class SettingsError(Exception):
@@ -50,7 +50,7 @@ def _compression(value: object) -> object:
     try:
         return min(max(int(str(value)), 0), 9)
     except ValueError:
-        return 6
+        return None
 
 
 def _log_level(value: object) -> object:
@@ -111,7 +111,7 @@ class Settings(BrokerSettings):
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description=f"Cap on everything sent over HTTP, bytes per second. {_LATER}",
+        description="Cap on everything sent over HTTP, bytes per second; also reported with the hardware.",
     )
 
     worker_executor_mask: Words = Field(
@@ -177,20 +177,55 @@ class Settings(BrokerSettings):
         default=None, description="GPUs of this worker: indexes, UUIDs or MIG names. Only these are reported and used."
     )
 
-    orchestrator_base_url: str = Field(default="", description=f"Where the orchestrator's HTTP interface is. {_LATER}")
-    orchestrator_token: SecretStr | None = Field(default=None, description=f"Bearer token for that interface. {_LATER}")
+    orchestrator_base_url: str = Field(
+        default="",
+        description="Where the orchestrator's HTTP interface is, for instance http://orch.example:8000: files of other "
+        "tasks are fetched there, and results go there when a task names no URL.",
+    )
+    orchestrator_token: SecretStr | None = Field(
+        default=None,
+        description="Bearer token for the origins of ORCHESTRATOR_BASE_URL and RESULTS_UPLOAD_URL; sent nowhere else.",
+    )
     results_upload_url: str = Field(
-        default="", description=f"Replaces the destination URL that tasks give for their results. {_LATER}"
+        default="", description="Replaces the destination URL that tasks give for results that go over HTTP."
     )
-    model_archive_use_pigz: Switch = Field(default=True, description=f"Compress model archives with pigz. {_LATER}")
-    model_archive_compression_level: Annotated[int, BeforeValidator(_compression)] = Field(
-        default=6, description=f"0 to 9; clamped, 6 when it is no number. {_LATER}"
+    worker_allowed_hosts: Words = Field(
+        default=(),
+        description="Comma-separated hosts (`name`, `name:port`, `*.domain`) that tasks may send to and fetch from, "
+        "beside those of ORCHESTRATOR_BASE_URL and RESULTS_UPLOAD_URL. Unset: any host.",
     )
-    model_archive_pigz_threads: int | None = Field(default=None, ge=1, description=f"Default: all processors. {_LATER}")
-    model_archive_pigz_bin: str = Field(default="pigz", description=f"The pigz program. {_LATER}")
-    model_archive_tar_bin: str = Field(default="tar", description=f"The tar program. {_LATER}")
+    worker_delivery_patience_sec: float = Field(
+        default=86400.0, gt=0, allow_inf_nan=False,
+        description="How long the delivery of a result is tried, restarts included, before its task is reported failed.",
+    )  # fmt: skip
+    worker_download_max_bytes: int = Field(
+        default=64 * 1024**3, ge=1, description="Largest file that is fetched for a task, bytes."
+    )
+    worker_download_timeout_sec: float = Field(
+        default=7200.0, gt=0, allow_inf_nan=False, description="Longest time to fetch one file, retries included."
+    )
+    worker_unpack_max_bytes: int = Field(
+        default=256 * 1024**3, ge=1, description="Largest content of a fetched archive, bytes."
+    )
+    worker_cache_max_bytes: int = Field(
+        default=64 * 1024**3, ge=0,
+        description="Room for fetched files in RESULTS_DIR/.cache; those unused for longest go first.",
+    )  # fmt: skip
+    model_archive_use_pigz: Switch = Field(
+        default=True, description="Off: compress model archives in process, never with pigz."
+    )
+    model_archive_compression_level: Annotated[int | None, BeforeValidator(_compression)] = Field(
+        default=None,
+        description="0 to 9, clamped. Unset or no number: samples of the data decide for what is fastest without being "
+        "larger than level 6.",
+    )
+    model_archive_pigz_threads: int | None = Field(default=None, ge=1, description="Default: all processors.")
+    model_archive_pigz_bin: str = Field(default="pigz", description="The pigz program.")
+    model_archive_tar_bin: str = Field(default="tar", description="The tar program.")
     model_cleanup_after_upload: Switch = Field(
-        default=False, description=f"Delete local model folders once they are uploaded. {_LATER}"
+        default=False,
+        description="Delete a task's model folders, their archives and its checkpoints once they are delivered over "
+        "HTTP.",
     )
     enable_elastic_scaling: Switch = Field(
         default=True,
@@ -204,6 +239,15 @@ class Settings(BrokerSettings):
         if value and not WORKER_ID_PATTERN.match(value):
             raise ValueError("expected letters, digits, '.', '-' and '_', at most 128, starting with a letter or digit")
         return value
+
+    @field_validator("orchestrator_base_url", "results_upload_url")
+    @classmethod
+    def _http_url(cls, value: str) -> str:
+        value = value.strip()
+        parts = urlsplit(value)
+        if value and (parts.scheme not in {"http", "https"} or not parts.hostname):
+            raise ValueError("expected an http:// or https:// URL with a host")
+        return value.rstrip("/") if value else value
 
     @property
     def state_root(self) -> Path:

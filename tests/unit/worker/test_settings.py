@@ -32,7 +32,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path):
     assert settings.heartbeat_interval_sec == 30
     assert settings.worker_cost_per_hour == 1.0
     assert settings.results_dir == tmp_path / "results_workers"
-    assert settings.model_archive_compression_level == 6
+    assert settings.model_archive_compression_level is None
     assert settings.task_min_turnaround_ms == 200
     assert settings.worker_tags == ()
     assert settings.model_cleanup_after_upload is False
@@ -48,7 +48,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path):
         ("MODEL_ARCHIVE_USE_PIGZ", "yes", "model_archive_use_pigz", True),
         ("MODEL_ARCHIVE_COMPRESSION_LEVEL", "42", "model_archive_compression_level", 9),
         ("MODEL_ARCHIVE_COMPRESSION_LEVEL", "-3", "model_archive_compression_level", 0),
-        ("MODEL_ARCHIVE_COMPRESSION_LEVEL", "best", "model_archive_compression_level", 6),
+        ("MODEL_ARCHIVE_COMPRESSION_LEVEL", "best", "model_archive_compression_level", None),
         ("MODEL_CLEANUP_AFTER_UPLOAD", "", "model_cleanup_after_upload", False),
         ("MODEL_CLEANUP_AFTER_UPLOAD", "1", "model_cleanup_after_upload", True),
         ("WORKER_COST_PER_HOUR", "", "worker_cost_per_hour", 1.0),
