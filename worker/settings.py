@@ -196,7 +196,7 @@ class Settings(BrokerSettings):
     )
     worker_delivery_patience_sec: float = Field(
         default=86400.0, gt=0, allow_inf_nan=False,
-        description="How long the delivery of a result is tried, restarts included, before its task is reported failed.",
+        description="How long the delivery of a result is tried, restarts included, before its task fails.",
     )  # fmt: skip
     worker_download_max_bytes: int = Field(
         default=64 * 1024**3, ge=1, description="Largest file that is fetched for a task, bytes."
