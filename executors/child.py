@@ -150,7 +150,8 @@ class Engine:
     def _task(self, order: RunTask, report: Report) -> ExecutorTask[Any]:
         spec_type = self._executor.spec_type
         children = tuple(
-            MergedChild(child.task_id, spec_type.model_validate(child.spec), child.out_dir) for child in order.children
+            MergedChild(child.task_id, spec_type.model_validate(child.spec), child.out_dir, child.inputs)
+            for child in order.children
         )
         return ExecutorTask(
             order.task_id,
@@ -160,6 +161,7 @@ class Engine:
             self._policy,
             report,
             order.spec,
+            order.inputs,
         )
 
 

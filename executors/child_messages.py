@@ -46,6 +46,7 @@ class ChildTask(_Message):
     task_id: str
     spec: JsonObject
     out_dir: Path
+    inputs: dict[str, Path] = Field(default_factory=dict)
 
 
 class RunTask(_Message):
@@ -56,6 +57,7 @@ class RunTask(_Message):
     spec: JsonObject
     out_dir: Path
     children: tuple[ChildTask, ...] = ()
+    inputs: dict[str, Path] = Field(default_factory=dict)
 
 
 class CancelTask(_Message):

@@ -8,6 +8,7 @@ module to validate specs and to ask for the engine key.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Generic, Literal, Protocol, TypeVar
@@ -95,6 +96,7 @@ class MergedChild(Generic[SpecT]):
     task_id: str
     spec: SpecT
     out_dir: Path
+    inputs: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class ExecutorTask(Generic[SpecT]):
         policy: what the operator allows.
         report: progress, log, cancel.
         sent_spec: the spec as it was sent, before it was validated.
+        inputs: where the files lie that `TaskSpec.inputs` asked for, by their names; each child has its own.
     """
 
     task_id: str
@@ -118,13 +121,34 @@ class ExecutorTask(Generic[SpecT]):
     policy: EnginePolicy
     report: RunReport
     sent_spec: JsonObject = field(default_factory=dict)
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+
+
+class Artifact(BaseModel):
+    """A folder or file of the task's own folder that belongs to its result. The daemon archives and uploads it.
+
+    Attributes:
+        path: relative to `out_dir`, for example `final_model` or `checkpoints/final_model`.
+        key: what its keys in the result begin with (WIRE 5.2). A folder `final_model` gives `final_model_path`,
+            `final_model_archive_url` and so on; a file `jsonl_export` extends the object of that name in the result.
+        kind: a folder becomes `<its name>.tar.gz` beside it; a file is uploaded as it is.
+        archive_always: whether a folder is archived for results that stay on the worker's disk too (WIRE 5.1: LoRA).
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    key: str
+    kind: Literal["folder", "file"] = "folder"
+    archive_always: bool = False
 
 
 class ChildOutput(BaseModel):
-    """One merged child's own result, or why it has none. Exactly one of the two is set."""
+    """One merged child's own result, or why it has none. Exactly one of `result` and `failure` is set."""
 
     result: JsonObject | None = None
     failure: Failure | None = None
+    artifacts: tuple[Artifact, ...] = ()
 
 
 class TaskOutput(BaseModel):
@@ -133,11 +157,13 @@ class TaskOutput(BaseModel):
     Attributes:
         result: the keys of WIRE 5.2 for this type, without `task_id`, `timings` and `warnings`: the daemon adds these.
         children: child task id to its output.
+        artifacts: what beside `result` has to reach the orchestrator.
         warnings: sentences for the person who sent the task.
     """
 
     result: JsonObject
     children: dict[str, ChildOutput] = Field(default_factory=dict)
+    artifacts: tuple[Artifact, ...] = ()
     warnings: list[str] = Field(default_factory=list)
 
 

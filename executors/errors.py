@@ -32,6 +32,9 @@ Reason = Literal[
     "worker_shutdown",
     "worker_restarted",
     "result_write",
+    "input_failed",
+    "delivery_refused",
+    "delivery_failed",
 ]
 """Why a task failed: one word that programs may compare. Listed for operators in docs/ARCHITECTURE.md."""
 

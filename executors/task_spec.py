@@ -8,6 +8,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints
 
+from executors.input_spec import InputRequest
+
 
 class SpecSection(BaseModel):
     """Base of every part of a spec. Unknown keys are kept, and become warnings by `unknown_keys`."""
@@ -83,6 +85,10 @@ class TaskSpec(SpecSection):
     timeout_sec: float | None = Field(default=None, alias="timeoutSec", gt=0)
     no_progress_timeout_sec: float | None = Field(default=None, alias="noProgressTimeoutSec", gt=0)
     upstream_results: dict[str, JsonValue] = Field(default_factory=dict, alias="_upstreamResults")
+
+    def inputs(self) -> tuple[InputRequest, ...]:
+        """What has to be found or fetched before a task with this spec can run. The default is nothing."""
+        return ()
 
 
 _WIRE_SECTIONS = frozenset(
