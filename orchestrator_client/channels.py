@@ -10,7 +10,7 @@ WORKER_IDS: Final = "workers:ids"
 TASK_EVENTS: Final = "tasks.events"
 WORKER_EVENTS: Final = "workers.events"
 TASK_CONTROL: Final = "tasks.control"
-"""Where `{"type": "CANCEL", "task_id": …}` is published; an addition of ours, the orchestrator has no cancel."""
+"""Where `{"type": "CANCEL" or "DELIVER", "task_id": …}` is published; ours, the orchestrator knows neither."""
 
 TASK_STATUS_TTL_SEC: Final = 24 * 3600
 CLAIM_TTL_SEC: Final = 24 * 3600
@@ -34,6 +34,11 @@ def heartbeat_ttl_sec(interval_sec: int) -> int:
 def worker_channel(worker_id: str) -> str:
     """Lifecycle events of one worker (WIRE 2.5)."""
     return f"channel:worker:{worker_id}"
+
+
+def results_channel(task_id: str) -> str:
+    """Where the end of one task is told to tuning managers (WIRE 2.5)."""
+    return f"channel:results:{task_id}"
 
 
 def task_key(task_id: str) -> str:

@@ -7,7 +7,16 @@ import re
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
 
 from orchestrator_client.errors import EnvelopeError
 from orchestrator_client.validation_text import validation_text
@@ -77,6 +86,12 @@ class TaskEnvelope(_In):
         in_spec = self.task.spec.get("taskType")
         return str(in_spec if in_spec is not None else self.task_type or "").strip().lower()
 
+    @property
+    def experiment_id(self) -> int | str | None:
+        """The experiment of a tuning manager's task, as it stands in the task's metadata (WIRE 2.5)."""
+        found = self.task.metadata.get("experiment_id") if isinstance(self.task.metadata, dict) else None
+        return found if isinstance(found, int | str) else None
+
 
 def decode_head(raw: bytes) -> EnvelopeHead:
     """Read who a message is for.
@@ -135,6 +150,18 @@ class CancelMessage(_In):
     task_id: str
 
 
+class DeliverMessage(_In):
+    """On `tasks.control`: deliver the finished result of this task again; its last delivery failed."""
+
+    type: Literal["DELIVER"]
+    task_id: str
+
+
+ControlMessage: TypeAdapter[CancelMessage | DeliverMessage] = TypeAdapter(
+    Annotated[CancelMessage | DeliverMessage, Field(discriminator="type")]
+)
+
+
 class SentEvent(_In):
     """The part of an event that is read back from the journal."""
 
@@ -184,6 +211,49 @@ class WorkerEvent(_Out):
     payload: JsonObject = Field(default_factory=dict)
 
 
+class ResultMessage(_Out):
+    """On `channel:results:<task_id>` (WIRE 2.5), once a task has ended.
+
+    Tuning managers number their tasks and experiments and take integers only; other task ids go as they are, for others
+    who listen.
+    """
+
+    task_id: int | str
+    experiment_id: int | str
+    worker_id: str
+    status: Literal["success", "failed"]
+    metrics: JsonObject = Field(default_factory=dict)
+    parameters: JsonObject = Field(default_factory=dict)
+    objective_score: float | None = None
+    error_message: str | None = None
+    elapsed_time: float = 0.0
+    timestamp: str = Field(default_factory=now_iso)
+
+    @classmethod
+    def of_final_event(cls, task_id: str, event: SentEvent) -> ResultMessage:
+        """The same end in the tuning manager's words."""
+        payload = event.payload
+        runtime, metrics, score = payload.get("runtime_sec"), payload.get("metrics"), payload.get("objective_score")
+        finished = payload.get("finished_at")
+        return cls(
+            task_id=_number(task_id),
+            experiment_id=_number(payload.get("experiment_id")) or 0,
+            worker_id=event.worker_id,
+            status="success" if event.type == "TASK_SUCCEEDED" else "failed",
+            metrics=metrics if isinstance(metrics, dict) else {},
+            objective_score=score if isinstance(score, int | float) else None,
+            error_message=event.error,
+            elapsed_time=runtime if isinstance(runtime, int | float) else 0.0,
+            timestamp=finished if isinstance(finished, str) and finished else now_iso(),
+        )
+
+
+def _number(value: JsonValue) -> int | str:
+    text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS else text
+
+
+_MOST_DIGITS = 18
 LifecycleEventType = Literal["registered", "heartbeat", "job_started", "job_completed", "offline"]
 
 

@@ -140,7 +140,11 @@ class TaskClient:
 
     def cancel(self, task_id: str) -> int:
         """Ask for the end of a task, queued or running; returns how many workers heard it."""
-        return self._publish(channels.TASK_CONTROL, json.dumps({"type": "CANCEL", "task_id": task_id}).encode())
+        return self._control("CANCEL", task_id)
+
+    def deliver(self, task_id: str) -> int:
+        """Ask for another delivery of a finished result that was refused; returns how many workers heard it."""
+        return self._control("DELIVER", task_id)
 
     def task(self, task_id: str) -> TaskState | None:
         """A task's state; None when no worker has accepted it, or it ended longer ago than the hash lives."""
@@ -172,6 +176,9 @@ class TaskClient:
             yield TaskEvents(pubsub, task_id, self.address)
         finally:
             pubsub.close()
+
+    def _control(self, kind: str, task_id: str) -> int:
+        return self._publish(channels.TASK_CONTROL, json.dumps({"type": kind, "task_id": task_id}).encode())
 
     def _publish(self, channel: str, body: bytes) -> int:
         with talking(self.address):

@@ -15,7 +15,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, ValidationError
 
-TaskStatus = Literal["QUEUED", "RUNNING", "SUCCEEDED", "FAILED"]
+TaskStatus = Literal["QUEUED", "RUNNING", "DELIVERING", "SUCCEEDED", "FAILED"]
 FINAL: Final = frozenset({"SUCCEEDED", "FAILED"})
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -64,7 +64,7 @@ class TaskState(BaseModel):
     """The hash `task:<id>`; absent fields are empty.
 
     Attributes:
-        status: QUEUED, RUNNING, SUCCEEDED or FAILED; another word is kept as it is.
+        status: QUEUED, RUNNING, DELIVERING, SUCCEEDED or FAILED; another word is kept as it is.
         reason: why it failed, one word.
         hint: the next step after a failure.
         result_path: `responses.json` on the worker's disk.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import time
 from collections.abc import Coroutine
 from urllib.parse import urlsplit
 
@@ -13,15 +14,22 @@ import structlog
 from executors.contract import EnginePolicy
 from orchestrator_client.channels import TASK_CONTROL
 from orchestrator_client.connection import DISCONNECTED, batch_client, check_access, command_client, pauses, redacted
+from orchestrator_client.http_link import HttpLink
 from orchestrator_client.subscriber import Subscriber
 from worker import exit_codes
+from worker.destinations import http_policy
 from worker.engine_pool import EnginePool
 from worker.engine_process import EngineSetup
 from worker.event_publisher import EventPublisher
 from worker.gpu_facts import GpuReader
 from worker.host_facts import read_hardware
+from worker.input_cache import InputCache
 from worker.process_tree import adopt_orphans, end_everything
+from worker.progress_news import ProgressNews
 from worker.settings import Settings
+from worker.task_delivery import DeliveryParts, TaskDelivery
+from worker.task_ending import TaskEnding
+from worker.task_inputs import TaskInputs
 from worker.task_intake import IntakeParts, TaskIntake
 from worker.task_journal import JournalError, TaskJournal
 from worker.task_preparation import TaskPreparation
@@ -54,7 +62,12 @@ class Daemon:
         self._client = command_client(self._url)
         self._publisher_client = batch_client(self._url)
         self._journal = TaskJournal(state.journal)
-        self._publisher = EventPublisher(self._publisher_client, self._journal, settings.task_min_turnaround_ms / 1000)
+        turnaround_sec = settings.task_min_turnaround_ms / 1000
+        self._publisher = EventPublisher(self._publisher_client, self._journal, turnaround_sec)
+        self._link = HttpLink(http_policy(settings))
+        cache = InputCache(settings.input_cache, settings.worker_cache_max_bytes)
+        self._inputs = TaskInputs(self._link, cache, settings)
+        self._delivery: TaskDelivery | None = None
         policy = EnginePolicy(
             allowed_roots=settings.readable_roots, allow_remote_code=settings.worker_allow_remote_code
         )
@@ -79,7 +92,11 @@ class Daemon:
             return await self._live()
         finally:
             await _cancelled([*self._tasks.values(), *self._side_tasks])
+            if self._delivery is not None:
+                await self._delivery.close()
+            await self._inputs.close()
             await self._pool.close()
+            await self._link.aclose()
             await self._journal.close()
             self._gpus.close()
             for client in (self._client, self._publisher_client):
@@ -107,22 +124,41 @@ class Daemon:
             self._settings.heartbeat_interval_sec,
         )
         presence = WorkerPresence(identity, self._publisher, self._gpus, hardware)
-        preparation = TaskPreparation(self._settings, has_gpu=bool(hardware.gpu.gpus))
+        preparation = TaskPreparation(self._settings, self._link, has_gpu=bool(hardware.gpu.gpus))
         preparation.check_mask()
-        parts = RunnerParts(
-            self._settings, self._state.worker_id, preparation, self._pool, self._journal, self._publisher, presence
+        worker_id = self._state.worker_id
+        turnaround_sec = self._settings.task_min_turnaround_ms / 1000
+        news = ProgressNews(worker_id, self._publisher)
+        ending = TaskEnding(worker_id, self._journal, self._publisher, turnaround_sec, presence.job_completed)
+        delivery = self._delivery = TaskDelivery(
+            DeliveryParts(self._settings, worker_id, self._link, self._journal, self._publisher, news, ending)
         )
-        runner = TaskRunner(parts)
+        runner = TaskRunner(
+            RunnerParts(
+                self._settings,
+                worker_id,
+                preparation,
+                self._pool,
+                self._journal,
+                self._publisher,
+                presence,
+                news,
+                ending,
+                delivery,
+                self._inputs,
+            )
+        )
         intake = TaskIntake(
             IntakeParts(
-                self._state.worker_id,
+                worker_id,
                 self._settings.worker_max_envelope_bytes,
-                self._settings.task_min_turnaround_ms / 1000,
+                turnaround_sec,
                 self._client,
                 preparation,
                 self._journal,
                 self._publisher,
                 runner,
+                delivery,
             )
         )
         subscribed = asyncio.Event()
@@ -148,6 +184,7 @@ class Daemon:
         if self._stop.is_set():
             return exit_codes.OK
         await intake.resume()
+        await delivery.resume()
         self._spawn("intake", intake.run())
         await self._register(presence)
         runner.expect(0)  # says IDLE, or RUNNING when tasks were resumed
@@ -159,7 +196,7 @@ class Daemon:
 
         code = await self._watch()
         if code == exit_codes.OK:
-            await self._shut_down(intake, runner, presence)
+            await self._shut_down(intake, runner, delivery, presence)
         else:  # the journal keeps what is open; only say good-bye, so that the orchestrator need not wait for the TTL
             await self._say_good_bye(presence)
         return code
@@ -209,20 +246,26 @@ class Daemon:
                 log.error("a part of the daemon ended", action="crash", part=name, exc_info=task.exception())
         return exit_codes.CRASHED
 
-    async def _shut_down(self, intake: TaskIntake, runner: TaskRunner, presence: WorkerPresence) -> None:
+    async def _shut_down(
+        self, intake: TaskIntake, runner: TaskRunner, delivery: TaskDelivery, presence: WorkerPresence
+    ) -> None:
         """Stop in an order in which nothing is lost.
 
-        No new tasks first, but the heartbeat goes on while the running task finishes; then its end is announced; then
-        the farewell, so that the orchestrator requeues only what we never had.
+        No new tasks first, but the heartbeat goes on while the running task finishes; then its end is delivered and
+        announced, as far as the time suffices; then the farewell, so that the orchestrator requeues only what we never
+        had.
         """
-        log.info("shutting down", action="shutdown", grace_sec=self._settings.shutdown_grace_sec)
+        grace_sec = self._settings.shutdown_grace_sec
+        deadline = time.monotonic() + grace_sec
+        log.info("shutting down", action="shutdown", grace_sec=grace_sec)
         # First nobody may think us IDLE; only then stop listening: a task sent to deaf ears is lost.
         presence.set_listening(listening=False)
         await self._publisher.settle(_SETTLE_SEC)
         await self._end("subscriber")
-        draining = asyncio.create_task(runner.drain(self._settings.shutdown_grace_sec, self._hurry))
+        draining = asyncio.create_task(runner.drain(grace_sec, self._hurry))
         await intake.close()
         await draining
+        await delivery.drain(deadline - time.monotonic(), self._hurry)
         await self._pool.close()
         # A beat that overtakes the farewell would bring the registration back, and nothing would end it.
         for task in self._side_tasks:

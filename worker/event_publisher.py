@@ -23,10 +23,11 @@ import redis.asyncio as aioredis
 import structlog
 from redis.asyncio.client import Pipeline
 
-from orchestrator_client.channels import TASK_EVENTS, TASK_STATUS_TTL_SEC, task_key
+from orchestrator_client.channels import TASK_EVENTS, TASK_STATUS_TTL_SEC, results_channel, task_key
 from orchestrator_client.connection import COMMAND_TIMEOUT_SEC, DISCONNECTED, pauses
-from orchestrator_client.messages import SentEvent, TaskEvent
-from worker.task_journal import JournalError, OwedEvent, TaskJournal
+from orchestrator_client.messages import ResultMessage, SentEvent, TaskEvent
+from worker.journal_tables import OwedEvent
+from worker.task_journal import JournalError, TaskJournal
 
 _MOST_AT_ONCE: Final = 200
 _LISTENER_CHECK_SEC: Final = 1.0
@@ -40,6 +41,7 @@ _ANNOUNCE: Final = """
 if redis.call('HGET', KEYS[1], 'announced') == ARGV[1] then return -1 end
 local heard = redis.call('PUBLISH', ARGV[2], ARGV[3])
 if heard > 0 then
+  redis.call('PUBLISH', ARGV[5], ARGV[6])
   redis.call('HSET', KEYS[1], 'announced', ARGV[1])
   redis.call('EXPIRE', KEYS[1], ARGV[4])
 end
@@ -101,6 +103,10 @@ class EventPublisher:
         self._items.append(_Item(build))
         self._idle.clear()
         asyncio.get_running_loop().call_later(_UNHURRIED_SEC, self._wake.set)
+
+    def task_fields(self, task_id: str, fields: Mapping[str, str]) -> None:
+        """Change the hash `task:<id>` of a task under way, without an event."""
+        self._put(_Item(lambda pipe: _set_task(pipe, task_id, fields)))
 
     def task_progress(self, event: TaskEvent, fields: Mapping[str, str]) -> None:
         """Say how far a task is; replaces what has not been sent yet of the same task."""
@@ -287,4 +293,7 @@ def _shown_end(owed: OwedEvent) -> dict[str, str]:
 
 
 def _announce(pipe: Pipeline, owed: OwedEvent) -> None:
-    pipe.eval(_ANNOUNCE, 1, task_key(owed.task_id), owed.token, TASK_EVENTS, owed.event, TASK_STATUS_TTL_SEC)
+    result = ResultMessage.of_final_event(owed.task_id, SentEvent.model_validate_json(owed.event)).encode()
+    channel = results_channel(owed.task_id)
+    key = task_key(owed.task_id)
+    pipe.eval(_ANNOUNCE, 1, key, owed.token, TASK_EVENTS, owed.event, TASK_STATUS_TTL_SEC, channel, result)

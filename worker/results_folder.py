@@ -7,8 +7,8 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal
@@ -20,6 +20,7 @@ from orchestrator_client.messages import now_iso
 
 RESULT_FILE: Final = "responses.json"
 MANIFEST_FILE: Final = "manifest.json"
+RESULT_KEY: Final = "result"
 LOGS: Final = "logs"
 ARTIFACTS: Final = "artifacts"
 _ALWAYS: Final = (RESULT_FILE, LOGS, ARTIFACTS)
@@ -98,12 +99,17 @@ class ResultToWrite:
         task_id: whose it is.
         result: becomes `responses.json`.
         required: names that its sender wants to see in the manifest.
+        wrapped: whether a copy of it stands under the key `result` too, where an orchestrator that shares the disk
+            looks for it (WIRE 3.1).
+        digests: SHA-256 of top-level files that are known, so that large ones are read once.
     """
 
     folder: Path
     task_id: str
     result: dict[str, JsonValue]
     required: tuple[str, ...]
+    wrapped: bool = False
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_results(results: Sequence[ResultToWrite]) -> list[Exception | None]:
@@ -186,7 +192,8 @@ class _StagedFile:
 def _stage_result(result: ResultToWrite) -> list[_StagedFile]:
     prepare(result.folder)
     # NaN and infinity become null: no JSON of ours may hold them (WIRE, hard rules).
-    content = to_json(result.result, indent=2, inf_nan_mode="null")
+    whole = {**result.result, RESULT_KEY: result.result} if result.wrapped else result.result
+    content = to_json(whole, indent=2, inf_nan_mode="null")
     responses = _StagedFile(result.folder / RESULT_FILE, content)
     try:
         manifest = _manifest(result, content)
@@ -213,7 +220,7 @@ def _manifest(result: ResultToWrite, content: bytes) -> Manifest:
                 updated_at=now, size=len(content), sha256=digest,
             )  # fmt: skip
         elif (there := present.get(name)) is not None:
-            entry = _entry(Path(there.path), name, required=required)
+            entry = _entry(Path(there.path), name, required=required, digest=result.digests.get(name))
         elif "/" in name and _confined(result.folder, name):
             entry = _entry(result.folder / name, name, required=required)
         else:
@@ -235,14 +242,14 @@ def _confined(folder: Path, name: str) -> bool:
     return path.is_relative_to(folder.resolve())
 
 
-def _entry(path: Path, name: str, *, required: bool) -> ManifestEntry:
+def _entry(path: Path, name: str, *, required: bool, digest: str | None = None) -> ManifestEntry:
     """Describe something that exists; a link is described, not followed."""
     facts = path.lstat()
-    sizes, digest = None, None
+    sizes = None
     if stat.S_ISDIR(facts.st_mode):
         sizes = [file.lstat().st_size for file in _files(path)]
     elif stat.S_ISREG(facts.st_mode):
-        digest = _digest(path)
+        digest = digest or digest_of(path)
     return ManifestEntry(
         name=name, path=name, type=_type(name), required=required, status="present",
         updated_at=datetime.fromtimestamp(facts.st_mtime, UTC).isoformat(),
@@ -263,7 +270,8 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names)
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file as hex digits. Blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

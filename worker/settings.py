@@ -255,6 +255,11 @@ class Settings(BrokerSettings):
         return self.results_dir / ".worker"
 
     @property
+    def input_cache(self) -> Path:
+        """Where files that were fetched for tasks are kept."""
+        return self.results_dir / ".cache"
+
+    @property
     def model_cache(self) -> Path:
         """Where Hugging Face libraries keep what they download."""
         return self.hf_home or Path("~/.cache/huggingface").expanduser()

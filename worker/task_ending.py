@@ -1,19 +1,27 @@
-"""What follows a run: results on disk, then the journal, then the announcement. Never in another order."""
+"""What follows a run: results on disk, then the journal, then (over HTTP) the delivery, then the announcement.
+
+Never in another order. A result that has to reach an orchestrator is handed to `worker.task_delivery` in the same
+transaction that ends the run, so that finished work is not computed again because of its delivery.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Final
 
 import structlog
-from pydantic import JsonValue
 
-from executors.contract import Failure, JsonObject
+from executors.contract import Artifact, Failure, JsonObject
+from worker.delivery_plan import DeliveryJob, DeliveryPlan, DeliveryProgress, Package, Posting
 from worker.event_publisher import EventPublisher
+from worker.journal_tables import OwedEvent, State, StoredDelivery
+from worker.result_content import artifact_fault, results_of
 from worker.results_folder import ResultToWrite, write_results
-from worker.task_journal import JournalError, OwedEvent, State, TaskJournal
+from worker.task_journal import JournalError, TaskJournal
 from worker.task_preparation import Folder, PreparedTask
 from worker.task_record import Outcome, Success, TaskRecord, error_text
 
@@ -21,16 +29,27 @@ log = structlog.get_logger()
 
 NOT_IN_JOURNAL = -1
 _MOST_AT_ONCE = 64
+_NOT_WORTH_SENDING: Final = frozenset({"worker_shutdown", "cancelled"})
+"""Failures whose end is said at once: nobody needs a summary of them."""
 
 
 @dataclass(frozen=True)
 class EndedTask:
-    """A task whose end is durable and not announced yet."""
+    """A task whose end is durable and not announced yet.
 
-    record: TaskRecord
-    outcome: Outcome
-    folder: Folder
+    Attributes:
+        owed: its final event.
+        fields: what the hash `task:<id>` says of it.
+        received: when it came, on the monotonic clock.
+        failure: why it failed; None if it succeeded.
+        facts: for the log.
+    """
+
     owed: OwedEvent
+    fields: dict[str, str]
+    received: float
+    failure: Failure | None
+    facts: dict[str, str | float]
 
 
 @dataclass(frozen=True)
@@ -41,7 +60,7 @@ class _Waiting:
     outcome: Outcome
     folder: Folder
     prepared: PreparedTask | None
-    ended: asyncio.Future[EndedTask]
+    ended: asyncio.Future[EndedTask | DeliveryJob]
 
 
 class TaskEnding:
@@ -52,35 +71,85 @@ class TaskEnding:
         journal: where ends are recorded.
         publisher: who announces them.
         min_turnaround_sec: least time between receipt and announcement (WIRE 9.13).
+        on_announced: called with task id and success after each announcement.
     """
 
     def __init__(
-        self, worker_id: str, journal: TaskJournal, publisher: EventPublisher, min_turnaround_sec: float
+        self,
+        worker_id: str,
+        journal: TaskJournal,
+        publisher: EventPublisher,
+        min_turnaround_sec: float,
+        on_announced: Callable[[str, bool], None] = lambda _task_id, _succeeded: None,
     ) -> None:
         self._worker_id = worker_id
         self._journal = journal
         self._publisher = publisher
         self._min_turnaround_sec = min_turnaround_sec
+        self._on_announced = on_announced
         self._waiting: list[_Waiting] = []
         self._writing: asyncio.Task[None] | None = None
 
     async def record(
         self, record: TaskRecord, outcome: Outcome, folder: Folder, prepared: PreparedTask | None
-    ) -> EndedTask:
-        """Write the results and make the end durable. The outcome may change: results that cannot be written fail."""
-        ended: asyncio.Future[EndedTask] = asyncio.get_running_loop().create_future()
+    ) -> EndedTask | DeliveryJob:
+        """Write the results and make the end durable. The outcome may change: results that cannot be written fail.
+
+        Returns:
+            The end, to be announced; or what has to be delivered before.
+        """
+        ended: asyncio.Future[EndedTask | DeliveryJob] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(record, outcome, folder, prepared, ended))
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write_waiting())
         return await ended
 
+    async def conclude(self, job: DeliveryJob, failure: Failure | None, *, keep: bool = False) -> EndedTask:
+        """Make the end of a delivery durable.
+
+        Args:
+            job: the delivery.
+            failure: why it failed; None if it succeeded, or if its plan is to say a failure anyway.
+            keep: whether it can be tried again later.
+        """
+        plan = job.plan
+        event, fields = plan.event.encode(), plan.fields
+        if failure is not None:
+            told, fields = plan.failed_event(failure, error_text(failure))
+            event = told.encode()
+        failed = failure is not None or plan.best_effort
+        owed = OwedEvent(NOT_IN_JOURNAL, plan.task_id, plan.dispatch, event)
+        try:
+            number = await self._journal.end_delivery(owed, "failed" if failed else "succeeded", keep=keep)
+            owed = replace(owed, seq=number)
+        except JournalError as error:
+            text = "the end of a task is not in the journal"
+            log.error(text, action="journal", task_id=plan.task_id, error=str(error))
+        if failed and failure is None:
+            failure = Failure(reason="executor_error", message=fields.get("error", ""))
+        return EndedTask(owed, fields, job.received, failure, {"delivered_sec": round(time.time() - job.since, 3)})
+
+    async def announce(self, ended: EndedTask) -> None:
+        """Say it, but not sooner than `min_turnaround_sec` after the receipt."""
+        early = ended.received + self._min_turnaround_sec - time.monotonic()
+        if early > 0:
+            await asyncio.sleep(early)
+        self._publisher.task_ended(ended.owed, ended.fields)
+        task_id, failure = ended.owed.task_id, ended.failure
+        if failure is None:
+            log.info("task succeeded", action="task_end", task_id=task_id, **ended.facts)
+        else:
+            reason = ended.fields.get("reason", failure.reason)
+            log.warning("task failed", action="task_end", task_id=task_id, reason=reason, error=failure.message)
+        self._on_announced(task_id, failure is None)
+
     async def _write_waiting(self) -> None:
         while self._waiting:
             batch, self._waiting = self._waiting[:_MOST_AT_ONCE], self._waiting[_MOST_AT_ONCE:]
             try:
-                errors = await asyncio.to_thread(_write, batch)
+                faults = await asyncio.to_thread(_write, batch)
                 ends = await self._make_durable(
-                    [self._end(each, error) for each, error in zip(batch, errors, strict=True)]
+                    [self._end(each, fault) for each, fault in zip(batch, faults, strict=True)]
                 )
             except Exception as error:  # noqa: BLE001 - whoever waits gets it
                 for each in batch:
@@ -89,49 +158,132 @@ class TaskEnding:
                 for each, end in zip(batch, ends, strict=True):
                     each.ended.set_result(end)
 
-    def _end(self, each: _Waiting, error: Exception | None) -> EndedTask:
+    def _end(self, each: _Waiting, fault: Failure | None) -> EndedTask | DeliveryJob:
         record, outcome, folder = each.record, each.outcome, each.folder
-        if error is not None:
-            log.error(
-                "cannot write results",
-                action="results", task_id=record.task_id, folder=str(folder.path), error=str(error),
-            )  # fmt: skip
+        if fault is not None:
+            log.error("cannot write results", action="results", task_id=record.task_id, error=fault.message)
             if isinstance(outcome, Success):
-                outcome = _unwritten(folder, error)
+                outcome = fault
         record.finish(outcome)
-        event = record.final_event(self._worker_id, outcome, folder).encode()
-        return EndedTask(record, outcome, folder, OwedEvent(NOT_IN_JOURNAL, record.task_id, record.dispatch, event))
+        event = record.final_event(self._worker_id, outcome, folder)
+        fields = record.final_fields(outcome, folder)
+        if fault is None and each.prepared is not None:
+            plan = _plan(each, event.encode().decode(), event.payload, fields)
+            if plan is not None:
+                return DeliveryJob(plan, received=record.received)
+        failure = None if isinstance(outcome, Success) else outcome
+        facts: dict[str, str | float] = {}
+        if isinstance(outcome, Success):
+            facts = {"run_sec": round(outcome.run_sec, 3), "engine": "warm" if outcome.warm else "cold"}
+        owed = OwedEvent(NOT_IN_JOURNAL, record.task_id, record.dispatch, event.encode())
+        return EndedTask(owed, fields, record.received, failure, facts)
 
-    async def _make_durable(self, ends: list[EndedTask]) -> list[EndedTask]:
+    async def _make_durable(self, ends: list[EndedTask | DeliveryJob]) -> list[EndedTask | DeliveryJob]:
+        final = [end for end in ends if isinstance(end, EndedTask)]
         entries: list[tuple[OwedEvent, State]] = [
-            (end.owed, "succeeded" if isinstance(end.outcome, Success) else "failed") for end in ends
+            (end.owed, "succeeded" if end.failure is None else "failed") for end in final
         ]
+        deliveries = [stored(end) for end in ends if isinstance(end, DeliveryJob)]
         try:
-            numbers = await self._journal.end(entries)
+            numbers = iter(await self._journal.end(entries, deliveries))
         except JournalError as error:
             # The ends are not durable, but saying nothing would lose the tasks for certain.
             log.error("ends of tasks are not in the journal", action="journal", tasks=len(ends), error=str(error))
             return ends
-        return [replace(end, owed=replace(end.owed, seq=number)) for end, number in zip(ends, numbers, strict=True)]
+        return [
+            replace(end, owed=replace(end.owed, seq=next(numbers))) if isinstance(end, EndedTask) else end
+            for end in ends
+        ]
 
-    async def announce(self, ended: EndedTask) -> None:
-        """Say it, but not sooner than `min_turnaround_sec` after the receipt."""
-        record, outcome = ended.record, ended.outcome
-        early = record.received + self._min_turnaround_sec - time.monotonic()
-        if early > 0:
-            await asyncio.sleep(early)
-        self._publisher.task_ended(ended.owed, record.final_fields(outcome, ended.folder))
-        if isinstance(outcome, Success):
-            log.info(
-                "task succeeded",
-                action="task_end", task_id=record.task_id, run_sec=round(outcome.run_sec, 3),
-                engine="warm" if outcome.warm else "cold",
-            )  # fmt: skip
-        else:
-            log.warning(
-                "task failed",
-                action="task_end", task_id=record.task_id, reason=outcome.reason, error=outcome.message,
-            )  # fmt: skip
+
+def stored(job: DeliveryJob) -> StoredDelivery:
+    """A delivery as the journal keeps it."""
+    plan, progress = job.plan.model_dump_json().encode(), job.progress.model_dump_json().encode()
+    return StoredDelivery(job.plan.task_id, job.plan.dispatch, job.plan.work, plan, progress, job.since)
+
+
+def job_of(delivery: StoredDelivery) -> DeliveryJob:
+    """A delivery read back from the journal.
+
+    Raises:
+        pydantic.ValidationError: another version wrote it.
+    """
+    plan = DeliveryPlan.model_validate_json(delivery.plan).model_copy(update={"dispatch": delivery.dispatch})
+    return DeliveryJob(plan, DeliveryProgress.model_validate_json(delivery.progress), since=delivery.since)
+
+
+def _plan(each: _Waiting, event: str, payload: JsonObject, fields: dict[str, str]) -> DeliveryPlan | None:
+    """What has to be delivered; None if the results stay here as they are."""
+    prepared, outcome, record = each.prepared, each.outcome, each.record
+    own = Posting(
+        task_id=record.task_id,
+        folder=each.folder.path,
+        required=each.folder.required,
+        destination=each.folder.destination,
+    )
+    metadata = {key: value for key, value in payload.items() if key not in {"result_path", "hint"}}
+    postings: tuple[Posting, ...] = (own,)
+    packages: tuple[Package, ...] = ()
+    if isinstance(outcome, Success) and prepared is not None:
+        packages = _packages(own, outcome.output.artifacts)
+        folders = prepared.child_folders | {key: failed.folder for key, failed in prepared.failed_children.items()}
+        children = [
+            Posting(task_id=key, folder=folder.path, required=folder.required, destination=folder.destination)
+            for key, folder in folders.items()
+        ]
+        postings = (*children, own)
+        for posting in children:
+            output = outcome.output.children.get(posting.task_id)
+            packages += _packages(posting, output.artifacts) if output is not None else ()
+    elif isinstance(outcome, Failure) and outcome.reason in _NOT_WORTH_SENDING:
+        return None
+    if not packages and not any(posting.destination for posting in postings):
+        return None
+    return DeliveryPlan(
+        task_id=record.task_id,
+        dispatch=record.dispatch,
+        kind=record.kind,
+        postings=postings,
+        packages=packages,
+        event=event,
+        fields=fields,
+        metadata=metadata,
+        best_effort=isinstance(outcome, Failure),
+        work=prepared.work if prepared is not None else "",
+    )
+
+
+def _packages(posting: Posting, artifacts: tuple[Artifact, ...]) -> tuple[Package, ...]:
+    return tuple(
+        Package(task_id=posting.task_id, path=each.path, key=each.key, kind=each.kind)
+        for each in artifacts
+        if posting.destination is not None or (each.archive_always and each.kind == "folder")
+    )
+
+
+def _write(batch: list[_Waiting]) -> list[Failure | None]:
+    """Write all results of some tasks. Returns why each task's cannot be written."""
+    faults = [_artifact_fault(each) for each in batch]
+    results: list[ResultToWrite] = []
+    owner: list[int] = []
+    for number, (each, fault) in enumerate(zip(batch, faults, strict=True)):
+        own = results_of(each.record, fault or each.outcome, each.folder, each.prepared)
+        results += own
+        owner += [number] * len(own)
+    errors: list[Exception | None] = [None] * len(batch)
+    for number, error in zip(owner, write_results(results), strict=True):
+        errors[number] = errors[number] or error
+    return [
+        fault if error is None else _unwritten(each.folder, error)
+        for each, fault, error in zip(batch, faults, errors, strict=True)
+    ]
+
+
+def _artifact_fault(each: _Waiting) -> Failure | None:
+    if not isinstance(each.outcome, Success):
+        return None
+    children = each.prepared.child_folders if each.prepared is not None else {}
+    return artifact_fault(each.outcome, each.folder.path, children)
 
 
 def _unwritten(folder: Folder, error: Exception) -> Failure:
@@ -143,75 +295,3 @@ def _unwritten(folder: Folder, error: Exception) -> Failure:
         hint="free disk space on the worker" if full else "check RESULTS_DIR and its permissions on the worker",
         retryable=True,
     )
-
-
-def _write(batch: list[_Waiting]) -> list[Exception | None]:
-    """Write all results of some tasks. Returns each task's first error."""
-    results: list[ResultToWrite] = []
-    owner: list[int] = []
-    for number, each in enumerate(batch):
-        own = _results(each)
-        results += own
-        owner += [number] * len(own)
-    errors: list[Exception | None] = [None] * len(batch)
-    for number, error in zip(owner, write_results(results), strict=True):
-        errors[number] = errors[number] or error
-    return errors
-
-
-def _results(each: _Waiting) -> list[ResultToWrite]:
-    """A task's results. Children first: whoever sees the parent's result finds the children's."""
-    record, outcome, prepared = each.record, each.outcome, each.prepared
-    timings = _timings(record, outcome)
-    warnings: list[JsonValue] = [*(prepared.warnings if prepared else [])]
-    children: list[ResultToWrite] = []
-    if isinstance(outcome, Success):
-        warnings += outcome.output.warnings
-        if prepared is not None:
-            children = _children(outcome, prepared, timings)
-        result = {**outcome.output.result, "task_id": record.task_id, "timings": timings, "warnings": warnings}
-    else:
-        result = {**failed_result(record.task_id, outcome), "timings": timings, "warnings": warnings}
-    return [*children, ResultToWrite(each.folder.path, record.task_id, result, each.folder.required)]
-
-
-def _children(outcome: Success, prepared: PreparedTask, timings: JsonObject) -> list[ResultToWrite]:
-    results = []
-    for child_id, folder in prepared.child_folders.items():
-        output = outcome.output.children.get(child_id)
-        if output is not None and output.result is not None:
-            result = {**output.result, "task_id": child_id, "timings": timings, "warnings": []}
-        elif output is not None and output.failure is not None:
-            result = failed_result(child_id, output.failure)
-        else:
-            silent = Failure(
-                reason="executor_error", message=f"the executor returned nothing for merged child {child_id}"
-            )
-            result = failed_result(child_id, silent)
-        results.append(ResultToWrite(folder.path, child_id, result, folder.required))
-    for child_id, failed in prepared.failed_children.items():
-        result = failed_result(child_id, failed.failure)
-        results.append(ResultToWrite(failed.folder.path, child_id, result, failed.folder.required))
-    return results
-
-
-def failed_result(task_id: str, failure: Failure) -> JsonObject:
-    """`responses.json` of a task that failed."""
-    return {
-        "ok": False,
-        "task_id": task_id,
-        "error": error_text(failure),
-        "reason": failure.reason,
-        "hint": failure.hint,
-        "retryable": failure.retryable,
-        "log_tail": list(failure.log_tail),
-    }
-
-
-def _timings(record: TaskRecord, outcome: Outcome) -> JsonObject:
-    timings: JsonObject = {"queue_sec": round((record.started or time.monotonic()) - record.received, 6)}
-    if isinstance(outcome, Success):
-        timings["load_sec"] = round(outcome.load_sec, 6)
-        timings["run_sec"] = round(outcome.run_sec, 6)
-        timings["engine"] = "warm" if outcome.warm else "cold"
-    return timings

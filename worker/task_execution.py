@@ -8,19 +8,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import structlog
 
-from executors.child_messages import Loaded, LogLine, Progress, TaskDone, TaskFailed
+from executors.child_messages import Loaded, LogLine, Progress, RunTask, TaskDone, TaskFailed
 from executors.contract import Failure
 from worker.engine_end import Cause, EngineEnd, failure_of
 from worker.engine_pool import EnginePool
 from worker.engine_process import ChannelEnd, EngineMessage, EngineProcess
 from worker.results_folder import LOGS
-from worker.task_preparation import PreparedTask
+from worker.task_preparation import PreparedTask, RejectedError
 from worker.task_record import Outcome, Success
 
 ENGINE_LOG: Final = "engine.log"
@@ -46,6 +46,7 @@ class TaskExecution:
         pool: where engines come from.
         cancel_grace_sec: how long it may take to obey before its engine is ended.
         on_progress: called for each progress message.
+        fetch: gets what the task needs from elsewhere and returns the order for the engine; raises RejectedError.
     """
 
     def __init__(
@@ -54,8 +55,11 @@ class TaskExecution:
         pool: EnginePool,
         cancel_grace_sec: float,
         on_progress: Callable[[Progress], None],
+        fetch: Callable[[], Coroutine[None, None, RunTask]],
     ) -> None:
         self._prepared = prepared
+        self._fetch = fetch
+        self._fetching: asyncio.Task[RunTask] | None = None
         self._task_id = prepared.order.task_id
         self._pool = pool
         self._cancel_grace_sec = cancel_grace_sec
@@ -70,6 +74,8 @@ class TaskExecution:
         if self._stop_cause is None:
             self._stop_cause = cause
             self._force_at = time.monotonic() + (self._cancel_grace_sec if grace_sec is None else grace_sec)
+            if self._fetching is not None:
+                self._fetching.cancel()
             if self._engine is not None:
                 self._engine.nudge()
 
@@ -77,6 +83,10 @@ class TaskExecution:
         """Run to the end, whatever that is."""
         if self._stop_cause is not None:
             return failure_of(EngineEnd(self._stop_cause))
+        began = time.monotonic()
+        order = await self._order()
+        if isinstance(order, Failure):
+            return order
         try:
             engine, warm = await self._pool.acquire(
                 self._prepared.engine_key, self._prepared.entry.target, exclusive=self._prepared.exclusive
@@ -87,8 +97,8 @@ class TaskExecution:
         keep = False
         try:
             engine.output.attach(self._task_id, self._prepared.folder.path / LOGS / ENGINE_LOG)
-            engine.run(self._prepared.order)
-            verdict = await self._follow(engine, warm=warm)
+            engine.run(order)
+            verdict = await self._follow(engine, began, warm=warm)
             keep = verdict.keep_engine
         except OSError as error:
             return Failure(reason="result_write", message=f"cannot write the task's log: {error}", retryable=True)
@@ -97,8 +107,29 @@ class TaskExecution:
             await self._pool.release(engine, keep=keep)
         return verdict.outcome
 
-    async def _follow(self, engine: EngineProcess, *, warm: bool) -> _Verdict:
-        began = heard = time.monotonic()
+    async def _order(self) -> RunTask | Failure:
+        """What the engine gets, once everything that it needs is here."""
+        if not self._prepared.wants_inputs:
+            return self._prepared.order
+        self._fetching = asyncio.create_task(self._fetch())
+        try:
+            # The limit of silence does not count here: a transfer that stalls ends by its own.
+            async with asyncio.timeout(self._prepared.timeout_sec or None):
+                return await self._fetching
+        except RejectedError as error:
+            return error.failure
+        except TimeoutError:
+            return failure_of(self._end("timeout"))
+        except asyncio.CancelledError:
+            if self._stop_cause is None:
+                raise
+            return failure_of(self._end(self._stop_cause))
+        finally:
+            self._fetching.cancel()
+            self._fetching = None
+
+    async def _follow(self, engine: EngineProcess, began: float, *, warm: bool) -> _Verdict:
+        heard = time.monotonic()
         asked = False
         while True:
             now = time.monotonic()

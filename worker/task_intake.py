@@ -24,7 +24,8 @@ from orchestrator_client.channels import CLAIM_TTL_SEC, TASK_CONTROL, claim_key
 from orchestrator_client.connection import DISCONNECTED
 from orchestrator_client.errors import EnvelopeError
 from orchestrator_client.messages import (
-    CancelMessage,
+    ControlMessage,
+    DeliverMessage,
     SentEvent,
     TaskEnvelope,
     TaskEvent,
@@ -34,7 +35,10 @@ from orchestrator_client.messages import (
 )
 from orchestrator_client.validation_text import validation_text
 from worker.event_publisher import EventPublisher
-from worker.task_journal import Acceptance, JournalError, OwedEvent, TaskJournal
+from worker.journal_tables import Acceptance, Arrival, OwedEvent
+from worker.task_delivery import TaskDelivery
+from worker.task_ending import job_of
+from worker.task_journal import JournalError, TaskJournal
 from worker.task_preparation import PreparedTask, RejectedError, TaskPreparation
 from worker.task_record import TaskRecord
 from worker.task_runner import TaskRunner
@@ -56,7 +60,7 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
-class _Arrival:
+class _Message:
     """A message that is ours. Exactly one of `prepared` and `failure` is set."""
 
     task_id: str
@@ -67,6 +71,11 @@ class _Arrival:
     dispatched_at: str | None
     prepared: PreparedTask | None
     failure: Failure | None
+    experiment_id: int | str | None = None
+
+    def wish(self) -> Arrival:
+        work = self.prepared.work if self.prepared is not None else ""
+        return Arrival(self.task_id, self.raw, self.received_at, work)
 
     def record(self, acceptance: Acceptance) -> TaskRecord:
         keep = len(self.raw) <= _KEEP_PREPARED_BYTES
@@ -78,6 +87,7 @@ class _Arrival:
             received=self.received,
             dispatched_at=self.dispatched_at,
             prepared=self.prepared if keep else None,
+            experiment_id=self.experiment_id,
         )
 
 
@@ -93,6 +103,7 @@ class IntakeParts:
     journal: TaskJournal
     publisher: EventPublisher
     runner: TaskRunner
+    delivery: TaskDelivery
 
 
 class TaskIntake:
@@ -166,7 +177,7 @@ class TaskIntake:
         self._inbox.append((raw, time.time(), time.monotonic()))
         self._arrived.set()
 
-    def _read(self, raw: bytes, received_at: float, received: float) -> _Arrival | None:
+    def _read(self, raw: bytes, received_at: float, received: float) -> _Message | None:
         """Decode and check a message of ours; None when not even an answer can be addressed."""
         head = decode_head(raw)
         if len(raw) > self._parts.max_envelope_bytes:
@@ -179,8 +190,16 @@ class TaskIntake:
         except EnvelopeError as error:
             return self._malformed(error, raw, received_at, received)
         prepared, failure = self._prepare(envelope)
-        return _Arrival(
-            envelope.task_id, envelope.kind, raw, received_at, received, envelope.dispatched_at, prepared, failure
+        return _Message(
+            envelope.task_id,
+            envelope.kind,
+            raw,
+            received_at,
+            received,
+            envelope.dispatched_at,
+            prepared,
+            failure,
+            envelope.experiment_id,
         )
 
     def _prepare(self, envelope: TaskEnvelope) -> tuple[PreparedTask | None, Failure | None]:
@@ -193,7 +212,7 @@ class TaskIntake:
             text = f"the executor of {envelope.kind!r} cannot read this spec: {type(error).__name__}: {error}"
             return None, Failure(reason="executor_error", message=text, hint="see worker.log on the worker")
 
-    def _malformed(self, error: EnvelopeError, raw: bytes, received_at: float, received: float) -> _Arrival | None:
+    def _malformed(self, error: EnvelopeError, raw: bytes, received_at: float, received: float) -> _Message | None:
         """Answer a message of ours that is no valid task, if its id can be read."""
         self._count_malformed(error)
         failure = Failure(reason="bad_spec", message=str(error), hint="correct the task and send it again")
@@ -204,7 +223,7 @@ class TaskIntake:
             return None
         empty = b'{"task_id":"%s","task":{"spec":{}}}' % error.task_id.encode()
         kept = raw if len(raw) <= self._parts.max_envelope_bytes else empty
-        return _Arrival(error.task_id, "", kept, received_at, received, None, None, failure)
+        return _Message(error.task_id, "", kept, received_at, received, None, None, failure)
 
     async def _refuse(self, task_id: str, failure: Failure, received: float) -> None:
         """Answer a task whose id must not become a path: an event, and nothing else."""
@@ -217,12 +236,11 @@ class TaskIntake:
         )
         await self._owe(task_id, event.encode(), received)
 
-    async def _accept(self, arrivals: list[_Arrival]) -> None:
+    async def _accept(self, arrivals: list[_Message]) -> None:
         if not arrivals:
             return
-        wanted = [(arrival.task_id, arrival.raw, arrival.received_at) for arrival in arrivals]
         try:
-            answers = await self._parts.journal.accept(wanted)
+            answers = await self._parts.journal.accept([arrival.wish() for arrival in arrivals])
         except JournalError as error:
             log.error("cannot accept tasks", action="accept", error=str(error), tasks=len(arrivals))
             for arrival in arrivals:
@@ -236,17 +254,24 @@ class TaskIntake:
             else:
                 log.info("already accepted; dispatched again", action="duplicate", task_id=arrival.task_id)
 
-    def _hand_over(self, arrival: _Arrival, acceptance: Acceptance) -> None:
+    def _hand_over(self, arrival: _Message, acceptance: Acceptance) -> None:
         record = arrival.record(acceptance)
         log.debug("task accepted", action="accept", task_id=arrival.task_id, task_type=arrival.kind)
         if arrival.failure is not None:
             self._parts.runner.reject(record, arrival.failure)
             return
+        if acceptance.undelivered is not None and arrival.prepared is not None:
+            log.info("done before, but not delivered; delivering it now", action="duplicate", task_id=arrival.task_id)
+            job = job_of(acceptance.undelivered)
+            job.send_to(arrival.prepared.folder.destination)
+            job.received = arrival.received
+            self._parts.runner.deliver(record, job)
+            return
         self._parts.runner.enqueue(record)
         if self._cancelled.pop(arrival.task_id, None) is not None:
             self._parts.runner.cancel(arrival.task_id)
 
-    async def _answer_again(self, arrival: _Arrival, answer: Acceptance) -> None:
+    async def _answer_again(self, arrival: _Message, answer: Acceptance) -> None:
         """A task that succeeded here comes again: the event was lost. Say it again, unless the result is gone."""
         event = answer.final_event or b""
         if not _result_exists(event):
@@ -274,7 +299,7 @@ class TaskIntake:
         finally:
             self._parts.runner.expect(-1)
 
-    def _say_not_accepted(self, arrival: _Arrival, error: JournalError) -> None:
+    def _say_not_accepted(self, arrival: _Message, error: JournalError) -> None:
         """Nothing can be made durable: say so at once, so that the task goes elsewhere."""
         event = TaskEvent(
             type="TASK_FAILED",
@@ -317,9 +342,12 @@ class TaskIntake:
 
     def _control(self, raw: bytes) -> None:
         try:
-            message = CancelMessage.model_validate_json(raw)
+            message = ControlMessage.validate_json(raw)
         except ValidationError as error:
             log.warning("control message not understood", action="control", error=validation_text(error, "message"))
+            return
+        if isinstance(message, DeliverMessage):
+            self._side_job(self._deliver_again(message.task_id))
             return
         if self._parts.runner.cancel(message.task_id):
             log.info("cancelling", action="cancel", task_id=message.task_id)
@@ -327,6 +355,12 @@ class TaskIntake:
             now = time.monotonic()
             self._cancelled = {known: at for known, at in self._cancelled.items() if now - at < _REMEMBER_CANCEL_SEC}
             self._cancelled[message.task_id] = now
+
+    async def _deliver_again(self, task_id: str) -> None:
+        try:
+            await self._parts.delivery.again(task_id)
+        except JournalError as error:
+            log.error("cannot deliver a task again", action="deliver", task_id=task_id, error=str(error))
 
     def _count_malformed(self, error: EnvelopeError) -> None:
         self.malformed += 1

@@ -2,11 +2,6 @@
 
 Calls made while a commit is under way share the next one, so a burst of tasks costs few fsyncs. Every awaited call
 returns only after its commit (WAL, synchronous FULL).
-
-| table | one row for |
-|---|---|
-| tasks | each task id: its last dispatch, how often it was started, how it ended |
-| owed  | each event that the orchestrator has not heard yet |
 """
 
 from __future__ import annotations
@@ -21,9 +16,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, TypeVar
 
-State = Literal["accepted", "succeeded", "failed"]
+from worker import journal_tables
+from worker.journal_tables import Acceptance, Arrival, OpenTask, OwedEvent, State, StoredDelivery
+
 ResultT = TypeVar("ResultT")
 
 KEEP_ENDED_SEC: Final = 7 * 24 * 3600
@@ -32,58 +29,9 @@ _LATER_SEC: Final = 0.05
 KEEP_OWED_SEC: Final = 24 * 3600
 """How long an event waits for somebody to listen."""
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS tasks (
-    task_id TEXT PRIMARY KEY, dispatch TEXT NOT NULL, state TEXT NOT NULL, envelope BLOB, received_at REAL NOT NULL,
-    starts INTEGER NOT NULL DEFAULT 0, ended_at REAL, final_event BLOB
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS tasks_open ON tasks (received_at) WHERE state = 'accepted';
-CREATE INDEX IF NOT EXISTS tasks_ended ON tasks (ended_at) WHERE ended_at IS NOT NULL;
-CREATE TABLE IF NOT EXISTS owed (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, task_id TEXT NOT NULL, token TEXT NOT NULL, event BLOB NOT NULL,
-    since REAL NOT NULL
-);
-"""
-
 
 class JournalError(Exception):
     """The journal cannot be written: disk full, folder gone, file damaged. Nothing can be accepted then."""
-
-
-@dataclass(frozen=True)
-class Acceptance:
-    """The answer to one dispatch.
-
-    Attributes:
-        dispatch: token of this dispatch; a later dispatch of the same task has another one.
-        known: the state in which the task was already, or None if it is to be run now.
-        final_event: the event that ended it, when it has ended before.
-    """
-
-    dispatch: str
-    known: State | None
-    final_event: bytes | None = None
-
-
-@dataclass(frozen=True)
-class OpenTask:
-    """A task that was accepted and has not ended."""
-
-    task_id: str
-    dispatch: str
-    envelope: bytes
-    received_at: float
-    starts: int
-
-
-@dataclass(frozen=True)
-class OwedEvent:
-    """An event that must still be heard. `token` makes its publication unique."""
-
-    seq: int
-    task_id: str
-    token: str
-    event: bytes
 
 
 @dataclass
@@ -109,38 +57,73 @@ class TaskJournal:
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self._thread.start()
 
-    async def accept(self, arrivals: list[tuple[str, bytes, float]]) -> list[Acceptance]:
-        """Accept tasks, each given as id, envelope and time of receipt.
+    async def accept(self, arrivals: list[Arrival]) -> list[Acceptance]:
+        """Accept tasks.
 
-        A task that is open, or has succeeded, is not accepted again; one that failed is (WIRE 9.9).
+        A task that is open, or has succeeded, is not accepted again; one that failed is (WIRE 9.9), unless it failed
+        only because its result could not be delivered: then that result is to be delivered (WIRE 9.28).
         """
-        return await self._do(lambda db: [_accept(db, *arrival) for arrival in arrivals])
+        return await self._do(lambda db: [journal_tables.accept(db, arrival) for arrival in arrivals])
 
     def note_start(self, task_id: str) -> None:
         """Count one start; durable soon, so that a task that ends the daemon is not started for ever."""
         query = "UPDATE tasks SET starts = starts + 1 WHERE task_id = ?"
         self._put_later(_Job(lambda db: db.execute(query, (task_id,)), None))
 
-    async def end(self, ends: list[tuple[OwedEvent, State]]) -> list[int]:
-        """Record how tasks ended, and that their final events are owed. Returns the events' numbers."""
+    async def end(self, ends: list[tuple[OwedEvent, State]], deliveries: list[StoredDelivery]) -> list[int]:
+        """Record how tasks ended, and that their final events are owed; or that their results are to be delivered.
+
+        Returns:
+            The numbers of the owed events.
+        """
 
         def work(db: sqlite3.Connection) -> list[int]:
             db.executemany(
-                "UPDATE tasks SET state = ?, ended_at = ?, final_event = ?, envelope = NULL WHERE task_id = ?",
-                [(state, time.time(), owed.event, owed.task_id) for owed, state in ends],
+                "UPDATE tasks SET state = 'delivering', envelope = NULL WHERE task_id = ?",
+                [(delivery.task_id,) for delivery in deliveries],
             )
-            return [_owe(db, owed.task_id, owed.token, owed.event) for owed, _ in ends]
+            for delivery in deliveries:
+                journal_tables.store_delivery(db, delivery)
+            return journal_tables.end(db, ends)
 
         return await self._do(work)
+
+    async def note_delivery(self, delivery: StoredDelivery) -> None:
+        """Record where a delivery goes and how far it is: what is sent is not sent again after a restart."""
+        query = "UPDATE deliveries SET plan = ?, progress = ? WHERE task_id = ?"
+        await self._do(lambda db: db.execute(query, (delivery.plan, delivery.progress, delivery.task_id)))
+
+    async def end_delivery(self, owed: OwedEvent, state: State, *, keep: bool) -> int:
+        """Record how a delivery ended; with `keep` it can be begun again by `reopen`. Returns the event's number."""
+
+        def work(db: sqlite3.Connection) -> int:
+            if not keep:
+                db.execute("DELETE FROM deliveries WHERE task_id = ?", (owed.task_id,))
+            return journal_tables.end(db, [(owed, state)])[0]
+
+        return await self._do(work)
+
+    async def open_deliveries(self) -> list[StoredDelivery]:
+        """Deliveries that have not ended, oldest first."""
+        query = (
+            f"SELECT {journal_tables.DELIVERY_COLUMNS} FROM deliveries AS d JOIN tasks AS t USING (task_id) "  # noqa: S608 - constants
+            "WHERE t.state = 'delivering' ORDER BY d.since"
+        )
+        return await self._do(lambda db: [StoredDelivery(*row) for row in db.execute(query)])
+
+    async def reopen(self, task_id: str) -> StoredDelivery | None:
+        """Begin a failed delivery again as a dispatch of its own; None if there is none."""
+        return await self._do(lambda db: journal_tables.reopen(db, task_id))
 
     async def owe(self, task_id: str, event: bytes) -> tuple[int, str]:
         """Record an event that is owed outside a task's normal life. Returns its number and token."""
         token = uuid.uuid4().hex
-        return await self._do(lambda db: (_owe(db, task_id, token, event), token))
+        return await self._do(lambda db: (journal_tables.owe(db, task_id, token, event), token))
 
     async def forget(self, task_id: str) -> None:
         """Let a task that has ended be accepted again."""
-        await self._do(lambda db: db.execute("DELETE FROM tasks WHERE task_id = ? AND state != 'accepted'", (task_id,)))
+        query = "DELETE FROM tasks WHERE task_id = ? AND state IN ('succeeded', 'failed')"
+        await self._do(lambda db: db.execute(query, (task_id,)))
 
     def heard(self, numbers: list[int]) -> None:
         """Forget owed events that have been heard. Need not be durable: publishing again has no effect."""
@@ -180,7 +163,8 @@ class TaskJournal:
 
         def work(db: sqlite3.Connection) -> None:
             now = time.time()
-            db.execute("DELETE FROM tasks WHERE ended_at < ?", (now - KEEP_ENDED_SEC,))
+            db.execute("DELETE FROM tasks WHERE ended_at < ? AND state != 'delivering'", (now - KEEP_ENDED_SEC,))
+            db.execute("DELETE FROM deliveries WHERE task_id NOT IN (SELECT task_id FROM tasks)")
             db.execute("DELETE FROM owed WHERE since < ?", (now - KEEP_OWED_SEC,))
 
         await self._do(work)
@@ -246,12 +230,15 @@ def _answer(batch: list[_Job]) -> None:
 
 
 def owes_anything(path: Path) -> bool:
-    """Whether a journal that no process uses holds open tasks or unheard events."""
+    """Whether a journal that no process uses holds open tasks, undelivered results or unheard events."""
     if not path.exists():
         return False
     db = _open(path)
     try:
-        query = "SELECT EXISTS (SELECT 1 FROM tasks WHERE state = 'accepted') OR EXISTS (SELECT 1 FROM owed)"
+        query = (
+            "SELECT EXISTS (SELECT 1 FROM tasks WHERE state IN ('accepted', 'delivering')) "
+            "OR EXISTS (SELECT 1 FROM deliveries) OR EXISTS (SELECT 1 FROM owed)"
+        )
         return bool(db.execute(query).fetchone()[0])
     except sqlite3.Error as error:
         raise JournalError(f"cannot read the journal {path}: {error}") from error
@@ -264,27 +251,7 @@ def _open(path: Path) -> sqlite3.Connection:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
-        db.executescript(_SCHEMA)
+        db.executescript(journal_tables.SCHEMA)
     except sqlite3.Error as error:
         raise JournalError(f"cannot open the journal {path}: {error}; free disk space or move the file away") from error
     return db
-
-
-def _accept(db: sqlite3.Connection, task_id: str, envelope: bytes, received_at: float) -> Acceptance:
-    row = db.execute("SELECT dispatch, state, final_event FROM tasks WHERE task_id = ?", (task_id,)).fetchone()
-    if row is not None and row[1] != "failed":
-        return Acceptance(row[0], row[1], row[2])
-    dispatch = uuid.uuid4().hex
-    db.execute(
-        "INSERT OR REPLACE INTO tasks (task_id, dispatch, state, envelope, received_at) "
-        "VALUES (?, ?, 'accepted', ?, ?)",
-        (task_id, dispatch, envelope, received_at),
-    )
-    return Acceptance(dispatch, None)
-
-
-def _owe(db: sqlite3.Connection, task_id: str, token: str, event: bytes) -> int:
-    cursor = db.execute(
-        "INSERT INTO owed (task_id, token, event, since) VALUES (?, ?, ?, ?)", (task_id, token, event, time.time())
-    )
-    return int(cursor.lastrowid or 0)

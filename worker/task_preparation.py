@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,17 @@ from executors.catalog import CatalogEntry, entries, executor_class
 from executors.child_messages import ChildTask, RunTask
 from executors.contract import Executor, Failure, JsonObject
 from executors.errors import BadSpecError, ExecutorError
-from executors.task_spec import Output, TaskSpec, unknown_keys
+from executors.input_spec import InputRequest
+from executors.task_spec import Destination, Output, TaskSpec, unknown_keys
+from orchestrator_client.http_link import HttpLink
 from orchestrator_client.messages import ChildEnvelope, TaskEnvelope
 from orchestrator_client.validation_text import validation_text
+from worker.delivery_plan import work_digest
+from worker.destinations import target_of
 from worker.results_folder import choose_folder
 from worker.settings import Settings, SettingsError
 
 log = structlog.get_logger()
-
-
-_NO_HTTP = Failure(
-    reason="bad_spec",
-    message="spec.output.destination.type is 'http': this version of the worker delivers to its own disk only",
-    hint="use type: local, and fetch the result from RESULTS_DIR",
-    retryable=True,
-)
-"""Saying "succeeded" for a result that was never sent would block its dependents for ever (WIRE 3.1)."""
 
 
 class RejectedError(Exception):
@@ -41,10 +36,17 @@ class RejectedError(Exception):
 
 @dataclass(frozen=True)
 class Folder:
-    """Where a task's (or child's) results go, and which files its sender requires."""
+    """Where a task's (or child's) results go.
+
+    Attributes:
+        path: the folder on this worker.
+        required: files that its sender wants to see in the manifest.
+        destination: where they are sent; None: nowhere.
+    """
 
     path: Path
     required: tuple[str, ...]
+    destination: Destination | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class PreparedTask:
         folder: where its results go.
         child_folders: the same for each merged child that can run.
         failed_children: merged children that cannot.
+        inputs: what has to be found or fetched before it can run.
+        child_inputs: the same for each merged child.
+        work: digest of what it computes, if its results are sent somewhere; else empty.
         warnings: sentences for its sender.
         timeout_sec: wall-clock limit; 0 is none.
         no_progress_sec: limit of silence; 0 is none.
@@ -82,6 +87,27 @@ class PreparedTask:
     warnings: list[str]
     timeout_sec: float
     no_progress_sec: float
+    inputs: tuple[InputRequest, ...] = ()
+    child_inputs: dict[str, tuple[InputRequest, ...]] = field(default_factory=dict)
+    work: str = ""
+
+    @property
+    def wants_inputs(self) -> bool:
+        """Whether anything has to be found or fetched."""
+        return bool(self.inputs or self.child_inputs)
+
+
+@dataclass(frozen=True)
+class _RunnableChild:
+    task: ChildTask
+    folder: Folder
+    inputs: tuple[InputRequest, ...]
+
+
+@dataclass(frozen=True)
+class _Children:
+    runnable: tuple[_RunnableChild, ...]
+    failed: dict[str, FailedChild]
 
 
 class TaskPreparation:
@@ -89,11 +115,13 @@ class TaskPreparation:
 
     Args:
         settings: the settings.
+        link: knows which hosts may be called.
         has_gpu: whether this worker has a GPU; decides which default model applies.
     """
 
-    def __init__(self, settings: Settings, *, has_gpu: bool) -> None:
+    def __init__(self, settings: Settings, link: HttpLink, *, has_gpu: bool) -> None:
         self._settings = settings
+        self._link = link
         self._default_model = settings.vllm_model if has_gpu else settings.hf_model
         self._default_model = self._default_model or settings.hf_model or settings.vllm_model
 
@@ -145,35 +173,43 @@ class TaskPreparation:
         try:
             executor = executor_class(entry)
             spec, sent = self._validate(executor, entry.kind, envelope.task.spec, "spec")
+            folder, folder_warning = self.folder_for(envelope.task_id, spec.output)
         except ExecutorError as error:
             retryable = error.reason == "missing_dependency"  # another worker may have it
             failure = Failure(reason=error.reason, message=error.message, hint=error.hint, retryable=retryable)
             raise RejectedError(failure) from error
-        if spec.output.destination.type == "http":
-            raise RejectedError(_NO_HTTP)
-        folder, folder_warning = self.folder_for(envelope.task_id, spec.output)
         warnings = unknown_keys(spec)
         if folder_warning:
             warnings.append(folder_warning)
-        children, child_folders, failed = self._children(executor, envelope)
+        children = self._children(executor, envelope, folder.destination)
+        runnable = tuple(child.task for child in children.runnable)
         return PreparedTask(
-            order=RunTask(task_id=envelope.task_id, spec=sent, out_dir=folder.path, children=children),
+            order=RunTask(task_id=envelope.task_id, spec=sent, out_dir=folder.path, children=runnable),
             entry=entry,
             engine_key=f"{entry.kind}:{executor.engine_key(spec)}",
             exclusive=executor.exclusive,
             folder=folder,
-            child_folders=child_folders,
-            failed_children=failed,
+            child_folders={child.task.task_id: child.folder for child in children.runnable},
+            failed_children=children.failed,
+            inputs=spec.inputs(),
+            child_inputs={child.task.task_id: child.inputs for child in children.runnable if child.inputs},
+            work=work_digest(sent, {each.task_id: each.spec for each in runnable}) if folder.destination else "",
             warnings=warnings,
             timeout_sec=spec.timeout_sec or self._settings.worker_task_timeout_sec,
             no_progress_sec=spec.no_progress_timeout_sec or self._settings.worker_no_progress_timeout_sec,
         )
 
     def folder_for(self, task_id: str, output: Output) -> tuple[Folder, str]:
-        """Choose where a task's results go (WIRE 5.4), with a warning if it is not where its sender wanted them."""
-        wanted = output.destination.path if output.destination.type == "local" else None
-        settings = self._settings
-        path, warning = choose_folder(task_id, wanted, settings.results_dir, settings.worker_allowed_roots)
+        """Choose where a task's results go (WIRE 5.4), with a warning if it is not where its sender wanted them.
+
+        Raises:
+            BadSpecError: they are to be sent to somewhere that this worker does not call.
+        """
+        settings, destination = self._settings, output.destination
+        if destination.type == "http":
+            target_of(destination, settings, self._link)  # better refused now than after hours of work
+            return Folder(settings.results_dir / task_id, output.artifacts, destination), ""
+        path, warning = choose_folder(task_id, destination.path, settings.results_dir, settings.worker_allowed_roots)
         return Folder(path, output.artifacts), warning
 
     def default_folder(self, task_id: str) -> Folder:
@@ -200,29 +236,32 @@ class TaskPreparation:
         return {**spec, "model": {**model, "source": {**source, "identifier": self._default_model}}}
 
     def _children(
-        self, executor: type[Executor[Any]], envelope: TaskEnvelope
-    ) -> tuple[tuple[ChildTask, ...], dict[str, Folder], dict[str, FailedChild]]:
-        runnable: list[ChildTask] = []
-        folders: dict[str, Folder] = {}
+        self, executor: type[Executor[Any]], envelope: TaskEnvelope, destination: Destination | None
+    ) -> _Children:
+        runnable: list[_RunnableChild] = []
         failed: dict[str, FailedChild] = {}
+        seen = {envelope.task_id}
         for child in _merged(envelope):
-            if child.task_id in {envelope.task_id, *folders, *failed}:
+            if child.task_id in seen:
                 text = f"merged_children: the task_id {child.task_id!r} occurs twice"
                 raise RejectedError(Failure(reason="bad_spec", message=text, hint="give each task its own id"))
+            seen.add(child.task_id)
             try:
                 if child.spec is None:
                     raise BadSpecError(f"merged_children: the spec of {child.task_id} is missing")
                 spec, sent = self._validate(
                     executor, envelope.kind, child.spec, f"merged_children[{child.task_id}].spec"
                 )
+                folder, _ = self.folder_for(child.task_id, spec.output)
             except ExecutorError as error:
                 failure = Failure(reason=error.reason, message=error.message, hint=error.hint)
-                failed[child.task_id] = FailedChild(failure, self.default_folder(child.task_id))
+                # An orchestrator shows the parent's answers for a child that sends nothing (WIRE 5.5).
+                folder = replace(self.default_folder(child.task_id), destination=destination)
+                failed[child.task_id] = FailedChild(failure, folder)
                 continue
-            folder, _ = self.folder_for(child.task_id, spec.output)
-            folders[child.task_id] = folder
-            runnable.append(ChildTask(task_id=child.task_id, spec=sent, out_dir=folder.path))
-        return tuple(runnable), folders, failed
+            task = ChildTask(task_id=child.task_id, spec=sent, out_dir=folder.path)
+            runnable.append(_RunnableChild(task, folder, spec.inputs()))
+        return _Children(tuple(runnable), failed)
 
 
 def _merged(envelope: TaskEnvelope) -> tuple[ChildEnvelope, ...]:

@@ -57,6 +57,7 @@ class TaskRecord:
         received: the same moment on the monotonic clock.
         dispatched_at: the orchestrator's time stamp, echoed in events.
         prepared: what was prepared at intake; None when it is too large to be kept while it waits.
+        experiment_id: of a tuning manager's task; None for all others.
     """
 
     task_id: str
@@ -66,6 +67,7 @@ class TaskRecord:
     received: float = field(default_factory=time.monotonic)
     dispatched_at: str | None = None
     prepared: PreparedTask | None = None
+    experiment_id: int | str | None = None
     state: State = "QUEUED"
     accepted_iso: str = field(default_factory=now_iso)
     started_iso: str = ""
@@ -127,8 +129,11 @@ class TaskRecord:
             "result_path": str(folder.path / RESULT_FILE),
             **self._dispatched(),
         }
+        if self.experiment_id is not None:
+            payload["experiment_id"] = self.experiment_id
         if isinstance(outcome, Success):
             payload["engine"] = "warm" if outcome.warm else "cold"
+            payload |= _figures(outcome.output.result)
             return TaskEvent(type="TASK_SUCCEEDED", task_id=self.task_id, worker_id=worker_id, payload=payload)
         payload |= {"reason": outcome.reason, "hint": outcome.hint, "retryable": outcome.retryable}
         return TaskEvent(
@@ -152,6 +157,19 @@ class TaskRecord:
 
     def _dispatched(self) -> JsonObject:
         return {"dispatched_at": self.dispatched_at} if self.dispatched_at else {}
+
+
+def _figures(result: JsonObject) -> JsonObject:
+    """What tuning managers record of a result (WIRE 2.5): its numbers, and its score if it has one."""
+    found: JsonObject = {}
+    for key in ("metrics", "train_metrics", "usage"):
+        section = result.get(key)
+        if isinstance(section, dict):
+            numbers: JsonObject = {name: value for name, value in section.items() if isinstance(value, int | float)}
+            found["metrics"] = numbers
+            break
+    score = result.get("objective_score")
+    return found | ({"objective_score": score} if isinstance(score, int | float) else {})
 
 
 def error_text(failure: Failure) -> str:

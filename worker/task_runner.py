@@ -1,4 +1,7 @@
-"""The order of a task's life: wait → run → end. One task runs at a time; ends are written while the next one runs."""
+"""The order of a task's life: wait → inputs → run → end → deliver. One task runs at a time.
+
+Ends are written, and results delivered, while the next one runs; inputs of the next one are fetched meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,24 @@ from typing import Final
 import structlog
 
 from executors.child_messages import Progress
-from executors.contract import Failure, JsonObject
-from orchestrator_client.messages import TaskEvent, decode_envelope, decode_head
+from executors.contract import Failure
+from orchestrator_client.messages import decode_envelope, decode_head
+from worker.delivery_plan import DeliveryJob
 from worker.engine_end import EngineEnd, failure_of
 from worker.engine_pool import EnginePool
 from worker.event_publisher import EventPublisher
+from worker.progress_news import ProgressNews
 from worker.results_folder import prepare
 from worker.settings import Settings
+from worker.task_delivery import TaskDelivery
 from worker.task_ending import TaskEnding
 from worker.task_execution import TaskExecution
+from worker.task_inputs import InputProgress, TaskInputs
 from worker.task_journal import JournalError, TaskJournal
 from worker.task_preparation import Folder, PreparedTask, RejectedError, TaskPreparation
-from worker.task_record import Outcome, Success, TaskRecord
+from worker.task_record import Outcome, TaskRecord
 from worker.worker_presence import WorkerPresence
 
-_PROGRESS_EVERY_SEC: Final = 0.25
 _MOST_UNWRITTEN_ENDS: Final = 64
 """Ended tasks whose results may be on their way to disk while the next task runs."""
 
@@ -43,6 +49,10 @@ class RunnerParts:
     journal: TaskJournal
     publisher: EventPublisher
     presence: WorkerPresence
+    news: ProgressNews
+    ending: TaskEnding
+    delivery: TaskDelivery
+    inputs: TaskInputs
 
 
 class TaskRunner:
@@ -50,9 +60,6 @@ class TaskRunner:
 
     def __init__(self, parts: RunnerParts) -> None:
         self._parts = parts
-        self._ending = TaskEnding(
-            parts.worker_id, parts.journal, parts.publisher, parts.settings.task_min_turnaround_ms / 1000
-        )
         self._open: dict[str, TaskRecord] = {}
         self._queue: deque[TaskRecord] = deque()
         self._queued = asyncio.Event()
@@ -64,8 +71,6 @@ class TaskRunner:
         self._unwritten = asyncio.Semaphore(_MOST_UNWRITTEN_ENDS)
         self._current: TaskExecution | None = None
         self._current_id = ""
-        self._progress_at = 0.0
-        self._progress_complete = False
         self._draining = False
         self._arriving = 0
 
@@ -96,6 +101,12 @@ class TaskRunner:
             return
         self._queue.append(record)
         self._queued.set()
+        self._fetch_ahead()
+
+    def deliver(self, record: TaskRecord, job: DeliveryJob) -> None:
+        """Take over an accepted task whose work is done already: only its delivery failed before."""
+        self._parts.publisher.task_queued(record.task_id, record.queued_fields(self._parts.worker_id))
+        self._parts.delivery.begin(job)
 
     def reject(self, record: TaskRecord, failure: Failure) -> None:
         """End an accepted task that cannot run."""
@@ -112,7 +123,7 @@ class TaskRunner:
         if self._current is not None and self._current_id == task_id:
             self._current.stop("cancelled")
             return True
-        return False
+        return self._parts.delivery.cancel(task_id)
 
     async def run(self) -> None:
         """Run tasks until cancelled."""
@@ -174,21 +185,24 @@ class TaskRunner:
             prepared,
             self._parts.pool,
             self._parts.settings.worker_cancel_grace_sec,
-            lambda p: self._progress(record, p),
+            lambda progress: self._parts.news.tell(record.kind, progress),
+            lambda: self._parts.inputs.fetch(prepared, lambda progress: self._fetching(record, progress)),
         )
         self._current, self._current_id = execution, record.task_id
-        self._progress_at = 0.0  # a task's first news must not be dropped because the last task spoke just now
         self._parts.journal.note_start(record.task_id)
         record.begin()
         self._parts.presence.set_running(record.task_id)
         self._parts.publisher.task_started(record.started_event(self._parts.worker_id), record.started_fields())
-        self._parts.presence.lifecycle("job_started", self._job(record))
+        self._parts.presence.job_started(record.task_id)
         log.info("task started", action="task_start", task_id=record.task_id, task_type=record.kind)
         if self._draining:
             execution.stop("worker_shutdown", grace_sec=0.0)
+        self._fetch_ahead()
         await asyncio.sleep(0)  # lets TASK_STARTED go out before the engine gets its work
         outcome = await execution.run()
         self._current, self._current_id = None, ""
+        self._parts.inputs.release(record.task_id)
+        self._parts.news.forget(record.task_id)
         await self._unwritten.acquire()
         self._end_soon(record, outcome, folder, prepared, slot=True)
 
@@ -219,26 +233,41 @@ class TaskRunner:
     ) -> None:
         try:
             try:
-                ended = await self._ending.record(record, outcome, folder, prepared)
+                ended = await self._parts.ending.record(record, outcome, folder, prepared)
             finally:
                 if slot:
                     self._unwritten.release()
-            await self._ending.announce(ended)
+            if isinstance(ended, DeliveryJob):
+                self._parts.delivery.begin(ended)
+            else:
+                await self._parts.ending.announce(ended)
         except Exception:  # a fault of ours, which must not take the other tasks with it
             log.exception(
                 "a task could not be ended; the journal keeps it, and the next start of the daemon runs it again",
                 action="task_end", task_id=record.task_id,
             )  # fmt: skip
-            return
         finally:
             if self._open.get(record.task_id) is record:  # else the same id was dispatched again meanwhile
                 del self._open[record.task_id]
             if not self._open:
                 self._none_open.set()
             self._show_status(record.task_id)
-        status = "success" if isinstance(ended.outcome, Success) else "failed"
-        self._parts.presence.lifecycle(
-            "job_completed", {**self._job(record), "status": status, "objective_score": None}
+
+    def _fetch_ahead(self) -> None:
+        """Fetch the inputs of the task that comes next while another one runs."""
+        if self._current is not None and self._queue and (following := self._queue[0].prepared) is not None:
+            self._parts.inputs.prefetch(following)
+
+    def _fetching(self, record: TaskRecord, progress: InputProgress) -> None:
+        self._parts.news.tell(
+            record.kind,
+            Progress(
+                task_id=record.task_id,
+                done=progress.done_bytes,
+                total=progress.total_bytes,
+                unit="bytes",
+                message=f"fetching {progress.name}",
+            ),
         )
 
     def _show_status(self, last_task: str = "") -> None:
@@ -247,31 +276,3 @@ class TaskRunner:
             self._parts.presence.set_busy()
         else:
             self._parts.presence.set_idle(last_task)
-
-    def _progress(self, record: TaskRecord, progress: Progress) -> None:
-        now = time.monotonic()
-        complete = progress.done == progress.total
-        if now - self._progress_at < _PROGRESS_EVERY_SEC and (not complete or self._progress_complete):
-            return
-        self._progress_at, self._progress_complete = now, complete
-        payload: JsonObject = {
-            "taskType": record.kind,
-            "done": progress.done,
-            "total": progress.total,
-            "unit": progress.unit,
-            "message": progress.message,
-            "metrics": {**progress.metrics},
-        }
-        fields = {
-            "progress_done": f"{progress.done:.12g}",
-            "progress_total": "" if progress.total is None else f"{progress.total:.12g}",
-            "progress_unit": progress.unit,
-            "progress_message": progress.message,
-        }
-        event = TaskEvent(
-            type="TASK_PROGRESS", task_id=record.task_id, worker_id=self._parts.worker_id, payload=payload
-        )
-        self._parts.publisher.task_progress(event, fields)
-
-    def _job(self, record: TaskRecord) -> JsonObject:
-        return {"task_id": record.task_id, "experiment_id": None}

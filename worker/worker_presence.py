@@ -131,8 +131,17 @@ class WorkerPresence:
         fields = {"extra_task_id": ""} | ({"extra_last_task": last_task} if last_task else {})
         self._publisher.say(lambda pipe: self._add_status(pipe, payload, fields))
 
-    def lifecycle(self, event_type: Literal["job_started", "job_completed"], data: JsonObject) -> None:
-        """Tell tuning managers about a task (WIRE 2.5)."""
+    def job_started(self, task_id: str) -> None:
+        """Tell tuning managers that a task runs (WIRE 2.5)."""
+        self._lifecycle("job_started", {"task_id": task_id, "experiment_id": None, "parameters": {}})
+
+    def job_completed(self, task_id: str, succeeded: bool) -> None:  # noqa: FBT001 - it is the news
+        """Tell tuning managers that a task has ended (WIRE 2.5)."""
+        status = "success" if succeeded else "failed"
+        job: JsonObject = {"task_id": task_id, "experiment_id": None, "status": status, "objective_score": None}
+        self._lifecycle("job_completed", job)
+
+    def _lifecycle(self, event_type: Literal["job_started", "job_completed"], data: JsonObject) -> None:
         self._publisher.say(lambda pipe: self._add_lifecycle(pipe, event_type, data))
 
     async def beat_forever(self) -> None:

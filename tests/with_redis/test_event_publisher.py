@@ -17,7 +17,8 @@ from orchestrator_client.channels import TASK_EVENTS, task_key
 from orchestrator_client.connection import DISCONNECTED, command_client
 from orchestrator_client.messages import TaskEvent
 from worker.event_publisher import EventPublisher
-from worker.task_journal import JournalError, OwedEvent, TaskJournal
+from worker.journal_tables import Arrival, OwedEvent
+from worker.task_journal import JournalError, TaskJournal
 
 
 class Listener:
@@ -58,10 +59,10 @@ class Rig:
         self._running = asyncio.create_task(self.publisher.run())
 
     async def final(self, task_id: str) -> OwedEvent:
-        [answer] = await self.journal.accept([(task_id, b"{}", 1.0)])
+        [answer] = await self.journal.accept([Arrival(task_id, b"{}", 1.0)])
         event = TaskEvent(type="TASK_SUCCEEDED", task_id=task_id, worker_id="w1").encode()
         owed = OwedEvent(-1, task_id, answer.dispatch, event)
-        [number] = await self.journal.end([(owed, "succeeded")])
+        [number] = await self.journal.end([(owed, "succeeded")], [])
         return replace(owed, seq=number)
 
     async def close(self) -> None:

@@ -13,6 +13,7 @@ import pytest
 from orchestrator_client.channels import WORKER_EVENTS, WORKER_IDS, heartbeat_key, worker_key
 from orchestrator_client.connection import command_client, sync_client
 from orchestrator_client.errors import BrokerRefusedError
+from worker.journal_tables import Arrival
 from worker.settings import Settings
 from worker.task_journal import TaskJournal
 from worker.worker_identity import IdInUseError, process_home, take_identity, take_over
@@ -45,7 +46,7 @@ async def test_a_random_id_that_owes_something_is_taken_over_and_one_that_does_n
     for state in (owing, idle):
         journal = TaskJournal(state.journal)
         if state is owing:
-            await journal.accept([("t1", b"{}", 1.0)])
+            await journal.accept([Arrival("t1", b"{}", 1.0)])
         await journal.close()
         state.release()
 
@@ -62,7 +63,7 @@ async def test_a_random_id_that_owes_something_is_taken_over_and_one_that_does_n
 async def test_a_pinned_id_is_not_taken_over_by_others(tmp_path: Path):
     pinned = take_identity(settings(tmp_path, "w1"))
     journal = TaskJournal(pinned.journal)
-    await journal.accept([("t1", b"{}", 1.0)])
+    await journal.accept([Arrival("t1", b"{}", 1.0)])
     await journal.close()
     pinned.release()
 

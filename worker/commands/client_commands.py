@@ -22,7 +22,13 @@ from worker import exit_codes
 from worker.commands import demo_run, doctor_checks
 from worker.commands.state_tables import show_findings, show_outcome, show_task, show_workers
 from worker.commands.task_files import TaskFileError, load_task
-from worker.commands.task_watch import NotTakenError, StillRunningError, submit_order, wait_for_end
+from worker.commands.task_watch import (
+    NotTakenError,
+    StillRunningError,
+    order_delivery,
+    submit_order,
+    wait_for_end,
+)
 from worker.commands.text_screen import complain, say
 from worker.commands.watch_views import watch_view
 from worker.settings import SettingsError, read_broker_settings
@@ -163,6 +169,30 @@ def cancel(
         f"look again: flowmesh-worker task {task_id}",
         exit_codes.FAILED,
     )
+
+
+@app.command()
+def deliver(
+    task_id: TaskIdArgument,
+    *,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SEC", min=0, help="How long to wait for the end; default: for ever.")
+    ] = None,
+    broker: Broker = "",
+) -> None:
+    """Send the result of a task again whose delivery failed; nothing is run again."""
+    _checked_id(task_id)
+    with _client(broker) as client:
+        before = client.task(task_id)
+        if before is not None and before.status == "SUCCEEDED":
+            say(f"task {task_id} has succeeded and is delivered")
+            return
+        with client.events(task_id) as events, watch_view() as view:
+            if before is None or before.ended:
+                order_delivery(client, task_id, before, view)
+            state = wait_for_end(client, task_id, events, view, timeout_sec=timeout)
+    show_outcome(state)
+    raise typer.Exit(exit_codes.OK if state.status == "SUCCEEDED" else exit_codes.FAILED)
 
 
 @app.command()

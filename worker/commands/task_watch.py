@@ -76,6 +76,32 @@ def submit_order(client: TaskClient, order: TaskOrder, events: TaskEvents, view:
     )
 
 
+def order_delivery(client: TaskClient, task_id: str, before: TaskState | None, view: WatchView) -> None:
+    """Ask for another delivery and wait until the worker that has the result begins it.
+
+    Raises:
+        NotTakenError: nobody has one that failed; the text says what to do.
+    """
+    if client.deliver(task_id) == 0:
+        raise NotTakenError("no worker listens: start the one that ran the task, with the same RESULTS_DIR")
+    deadline = time.monotonic() + ACCEPT_WITHIN_SEC
+    while time.monotonic() < deadline:
+        view.check()
+        state = client.task(task_id)
+        if state is not None and (before is None or _moved(before, state)):
+            return
+        time.sleep(0.05)
+    ran_on = before.worker_id if before is not None else ""
+    raise NotTakenError(
+        f"no worker has a result of task {task_id} whose delivery failed; "
+        + (f"it ran on {ran_on}: is that worker running?" if ran_on else "is the worker that ran it running?")
+    )
+
+
+def _moved(before: TaskState, now: TaskState) -> bool:
+    return (now.status, now.finished_at) != (before.status, before.finished_at)
+
+
 def wait_for_end(
     client: TaskClient, task_id: str, events: TaskEvents, view: WatchView, *, timeout_sec: float | None
 ) -> TaskState:

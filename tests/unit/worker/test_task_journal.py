@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sqlite3
 from pathlib import Path
 
 import pytest
 
-from worker.task_journal import JournalError, OwedEvent, State, TaskJournal, owes_anything
+from worker.journal_tables import Arrival, OwedEvent, State, StoredDelivery
+from worker.task_journal import JournalError, TaskJournal, owes_anything
 
 
 @pytest.fixture
@@ -19,12 +21,12 @@ async def journal(tmp_path: Path):
 
 
 async def end(journal: TaskJournal, task_id: str, dispatch: str, state: State) -> int:
-    [number] = await journal.end([(OwedEvent(-1, task_id, dispatch, b"event"), state)])
+    [number] = await journal.end([(OwedEvent(-1, task_id, dispatch, b"event"), state)], [])
     return number
 
 
 async def test_an_accepted_task_is_on_disk_when_accept_returns(tmp_path: Path, journal: TaskJournal):
-    [answer] = await journal.accept([("t1", b"{}", 1.0)])
+    [answer] = await journal.accept([Arrival("t1", b"{}", 1.0)])
 
     assert answer.known is None
     with sqlite3.connect(tmp_path / "journal.sqlite3") as other:
@@ -34,7 +36,7 @@ async def test_an_accepted_task_is_on_disk_when_accept_returns(tmp_path: Path, j
 
 
 async def test_a_second_dispatch_of_an_open_task_is_a_duplicate(journal: TaskJournal):
-    [first, second] = await journal.accept([("t1", b"a", 1.0), ("t1", b"b", 2.0)])
+    [first, second] = await journal.accept([Arrival("t1", b"a", 1.0), Arrival("t1", b"b", 2.0)])
 
     assert second.known == "accepted"
     assert second.dispatch == first.dispatch
@@ -42,20 +44,20 @@ async def test_a_second_dispatch_of_an_open_task_is_a_duplicate(journal: TaskJou
 
 
 async def test_a_succeeded_task_is_answered_with_its_event(journal: TaskJournal):
-    [first] = await journal.accept([("t1", b"a", 1.0)])
+    [first] = await journal.accept([Arrival("t1", b"a", 1.0)])
     await end(journal, "t1", first.dispatch, "succeeded")
 
-    [again] = await journal.accept([("t1", b"a", 2.0)])
+    [again] = await journal.accept([Arrival("t1", b"a", 2.0)])
 
     assert (again.known, again.final_event) == ("succeeded", b"event")
 
 
 async def test_a_failed_task_is_accepted_anew_under_another_token(journal: TaskJournal):
-    [first] = await journal.accept([("t1", b"a", 1.0)])
+    [first] = await journal.accept([Arrival("t1", b"a", 1.0)])
     journal.note_start("t1")
     await end(journal, "t1", first.dispatch, "failed")
 
-    [again] = await journal.accept([("t1", b"b", 2.0)])
+    [again] = await journal.accept([Arrival("t1", b"b", 2.0)])
 
     assert again.known is None
     assert again.dispatch != first.dispatch
@@ -64,7 +66,7 @@ async def test_a_failed_task_is_accepted_anew_under_another_token(journal: TaskJ
 
 
 async def test_an_end_and_the_event_it_owes_are_one_step(journal: TaskJournal):
-    [first] = await journal.accept([("t1", b"a", 1.0)])
+    [first] = await journal.accept([Arrival("t1", b"a", 1.0)])
 
     number = await end(journal, "t1", first.dispatch, "succeeded")
 
@@ -84,7 +86,7 @@ async def test_heard_events_are_forgotten_and_the_others_keep_their_order(journa
 async def test_everything_survives_a_close_without_warning(tmp_path: Path):
     path = tmp_path / "j" / "journal.sqlite3"
     first = TaskJournal(path)
-    await first.accept([("t1", b"a", 1.0), ("t2", b"b", 2.0)])
+    await first.accept([Arrival("t1", b"a", 1.0), Arrival("t2", b"b", 2.0)])
     first.note_start("t1")
     await first.close()
 
@@ -97,7 +99,7 @@ async def test_everything_survives_a_close_without_warning(tmp_path: Path):
 
 
 async def test_a_journal_owes_nothing_once_all_is_heard(tmp_path: Path, journal: TaskJournal):
-    [first] = await journal.accept([("t1", b"a", 1.0)])
+    [first] = await journal.accept([Arrival("t1", b"a", 1.0)])
     number = await end(journal, "t1", first.dispatch, "failed")
     journal.heard([number])
     await journal.owed(1)
@@ -107,7 +109,7 @@ async def test_a_journal_owes_nothing_once_all_is_heard(tmp_path: Path, journal:
 
 
 async def test_many_callers_share_commits_and_each_gets_its_own_answer(journal: TaskJournal):
-    answers = await asyncio.gather(*(journal.accept([(f"t{n}", b"", float(n))]) for n in range(200)))
+    answers = await asyncio.gather(*(journal.accept([Arrival(f"t{n}", b"", float(n))]) for n in range(200)))
 
     assert all(answer.known is None for [answer] in answers)
     assert len({answer.dispatch for [answer] in answers}) == 200
@@ -120,14 +122,14 @@ async def test_a_failing_write_reaches_its_caller_and_the_thread_lives_on(journa
     with pytest.raises(JournalError, match="disk is full"):
         await journal._do(fail)
 
-    [answer] = await journal.accept([("t1", b"", 1.0)])
+    [answer] = await journal.accept([Arrival("t1", b"", 1.0)])
     assert answer.known is None
 
 
 async def test_old_ends_and_old_owed_events_are_pruned(journal: TaskJournal):
-    [first] = await journal.accept([("old", b"", 1.0)])
+    [first] = await journal.accept([Arrival("old", b"", 1.0)])
     await end(journal, "old", first.dispatch, "succeeded")
-    [second] = await journal.accept([("open", b"", 1.0)])
+    [second] = await journal.accept([Arrival("open", b"", 1.0)])
     await journal._do(lambda db: db.execute("UPDATE tasks SET ended_at = 1 WHERE ended_at IS NOT NULL"))
     await journal._do(lambda db: db.execute("UPDATE owed SET since = 1"))
 
@@ -135,7 +137,7 @@ async def test_old_ends_and_old_owed_events_are_pruned(journal: TaskJournal):
 
     assert await journal.owed(10) == []
     assert [task.dispatch for task in await journal.open_tasks()] == [second.dispatch]
-    [again] = await journal.accept([("old", b"", 2.0)])
+    [again] = await journal.accept([Arrival("old", b"", 2.0)])
     assert again.known is None
 
 
@@ -145,3 +147,101 @@ async def test_a_damaged_file_is_named_in_the_error(tmp_path: Path):
 
     with pytest.raises(JournalError, match=r"journal\.sqlite3"):
         TaskJournal(path)
+
+
+async def deliver(journal: TaskJournal, task_id: str, work: str = "w") -> StoredDelivery:
+    """Accept a task and record that its result is to be delivered."""
+    [answer] = await journal.accept([Arrival(task_id, b"a", 1.0, work)])
+    delivery = StoredDelivery(task_id, answer.dispatch, work, b"plan", b"nothing yet", 5.0)
+    assert await journal.end([], [delivery]) == []
+    return delivery
+
+
+async def test_a_result_on_its_way_survives_a_restart_with_its_progress(tmp_path: Path):
+    path = tmp_path / "journal.sqlite3"
+    first = TaskJournal(path)
+    delivery = await deliver(first, "t1")
+    moved = dataclasses.replace(delivery, plan=b"new plan", progress=b"uploaded")
+    await first.note_delivery(moved)
+    await first.close()
+
+    assert owes_anything(path)
+    second = TaskJournal(path)
+    found, open_tasks = await second.open_deliveries(), await second.open_tasks()
+    await second.close()
+
+    assert found == [moved]
+    assert open_tasks == []
+
+
+async def test_a_task_that_is_being_delivered_is_not_run_again(journal: TaskJournal):
+    delivery = await deliver(journal, "t1")
+
+    [again] = await journal.accept([Arrival("t1", b"a", 2.0, "w")])
+
+    assert (again.known, again.dispatch, again.undelivered) == ("delivering", delivery.dispatch, None)
+
+
+async def test_a_delivered_task_owes_its_event_and_nothing_else(tmp_path: Path, journal: TaskJournal):
+    delivery = await deliver(journal, "t1")
+
+    number = await journal.end_delivery(OwedEvent(-1, "t1", delivery.dispatch, b"event"), "succeeded", keep=False)
+
+    [owed] = await journal.owed(10)
+    assert (owed.seq, owed.token) == (number, delivery.dispatch)
+    assert await journal.open_deliveries() == []
+    assert await journal.reopen("t1") is None
+    journal.heard([number])
+    await journal.owed(1)
+    assert not owes_anything(tmp_path / "journal.sqlite3")
+
+
+async def test_a_refused_delivery_can_be_begun_again_as_a_dispatch_of_its_own(journal: TaskJournal):
+    delivery = await deliver(journal, "t1")
+    assert await journal.reopen("t1") is None  # still under way
+    await journal.end_delivery(OwedEvent(-1, "t1", delivery.dispatch, b"failed"), "failed", keep=True)
+    assert await journal.open_deliveries() == []
+
+    again = await journal.reopen("t1")
+
+    assert again is not None
+    assert again.dispatch != delivery.dispatch
+    assert (again.plan, again.progress, again.work) == (b"plan", b"nothing yet", "w")
+    assert await journal.open_deliveries() == [again]
+    assert await journal.reopen("t1") is None
+
+
+async def test_equal_work_that_comes_again_is_delivered_and_not_run(journal: TaskJournal):
+    delivery = await deliver(journal, "t1")
+    await journal.end_delivery(OwedEvent(-1, "t1", delivery.dispatch, b"failed"), "failed", keep=True)
+
+    [again] = await journal.accept([Arrival("t1", b"b", 2.0, "w")])
+
+    assert again.known is None
+    assert again.undelivered is not None
+    assert again.undelivered.dispatch == again.dispatch != delivery.dispatch
+    assert await journal.open_tasks() == []
+
+
+@pytest.mark.parametrize("work", ["other", ""])
+async def test_other_work_under_the_same_id_is_run_and_the_old_result_is_dropped(journal: TaskJournal, work: str):
+    delivery = await deliver(journal, "t1")
+    await journal.end_delivery(OwedEvent(-1, "t1", delivery.dispatch, b"failed"), "failed", keep=True)
+
+    [again] = await journal.accept([Arrival("t1", b"b", 2.0, work)])
+
+    assert (again.known, again.undelivered) == (None, None)
+    assert [task.task_id for task in await journal.open_tasks()] == ["t1"]
+    assert await journal.reopen("t1") is None
+
+
+async def test_pruning_spares_what_is_still_being_delivered(journal: TaskJournal):
+    delivery = await deliver(journal, "open")
+    refused = await deliver(journal, "refused")
+    await journal.end_delivery(OwedEvent(-1, "refused", refused.dispatch, b"failed"), "failed", keep=True)
+    await journal._do(lambda db: db.execute("UPDATE tasks SET ended_at = 1"))
+
+    await journal.prune()
+
+    assert await journal.open_deliveries() == [delivery]
+    assert await journal.reopen("refused") is None

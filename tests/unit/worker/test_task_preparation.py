@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from executors.contract import JsonObject
+from orchestrator_client.http_link import HttpLink
 from orchestrator_client.messages import TaskEnvelope
+from worker.destinations import http_policy
 from worker.settings import Settings
 from worker.task_preparation import RejectedError, TaskPreparation
 
 
 def preparation(tmp_path: Path, *, has_gpu: bool = False, **settings: object) -> TaskPreparation:
-    return TaskPreparation(
-        Settings.model_validate({"redis_url": "redis://x", "results_dir": tmp_path, **settings}), has_gpu=has_gpu
-    )
+    chosen = Settings.model_validate({"redis_url": "redis://x", "results_dir": tmp_path, **settings})
+    return TaskPreparation(chosen, HttpLink(http_policy(chosen)), has_gpu=has_gpu)
 
 
 def envelope(spec: JsonObject, **more: object) -> TaskEnvelope:
@@ -122,3 +123,66 @@ def test_a_task_without_a_model_gets_the_workers_default(tmp_path: Path, has_gpu
 
     assert prepared.order.spec["model"] == {"source": {"identifier": expected}}
     assert expected in prepared.engine_key
+
+
+def http_spec(**destination: object) -> JsonObject:
+    output: JsonObject = {"destination": {"type": "http", **destination}}  # type: ignore[dict-item]  # what a test gives
+    return {"taskType": "echo", "output": output, "x": 1}
+
+
+@pytest.mark.parametrize(
+    ("destination", "settings", "words"),
+    [
+        ({}, {}, "url is missing"),
+        ({"url": "ftp://a/b"}, {}, "no http:// or https://"),
+        ({"url": "http://a/b", "method": "DELETE"}, {}, "method is 'DELETE'"),
+        ({"url": "http://a/b"}, {"worker_allowed_hosts": ("b.example",)}, "WORKER_ALLOWED_HOSTS"),
+        ({"url": "http://a/b", "headers": {"X-A": "1\r\nX-B: 2"}}, {}, "'X-A'"),
+    ],
+)
+def test_a_destination_that_cannot_be_reached_is_refused_before_the_work(
+    tmp_path: Path, destination: dict[str, object], settings: dict[str, object], words: str
+):
+    reason, message, _ = rejection(preparation(tmp_path, **settings), http_spec(**destination))
+
+    assert reason == "bad_spec"
+    assert "spec.output.destination" in message
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    ("destination", "settings"),
+    [
+        ({"url": "http://a/b"}, {}),
+        ({}, {"results_upload_url": "https://up.example/r"}),
+        ({"url": "http://localhost:8000/r"}, {"results_upload_url": "https://up.example/r"}),
+        ({}, {"orchestrator_base_url": "http://orch.example:8000"}),
+    ],
+)
+def test_a_destination_may_come_from_the_task_or_from_the_operator(
+    tmp_path: Path, destination: dict[str, object], settings: dict[str, object]
+):
+    prepared = preparation(tmp_path, **settings).prepare(envelope(http_spec(**destination, path="/ignored")))
+
+    assert prepared.folder.destination is not None
+    assert prepared.folder.path == tmp_path / "t1"
+
+
+def test_the_work_is_the_same_wherever_its_result_goes(tmp_path: Path):
+    prepare = preparation(tmp_path)
+    works = [prepare.prepare(envelope(http_spec(url=url))).work for url in ("http://a/", "http://b/")]
+    changed = prepare.prepare(envelope({**http_spec(url="http://a/"), "x": 2})).work
+    children = [{"task_id": "c", "spec": {"taskType": "echo"}}]
+    merged = prepare.prepare(envelope(http_spec(url="http://a/"), merged_children=children)).work
+
+    assert works[0] == works[1]
+    assert len({works[0], changed, merged}) == 3
+    assert prepare.prepare(envelope({"taskType": "echo"})).work == ""
+
+
+def test_a_child_that_cannot_run_is_answered_where_the_parent_is(tmp_path: Path):
+    children = [{"task_id": "bad", "spec": {"taskType": "echo", "timeoutSec": "x"}}]
+
+    prepared = preparation(tmp_path).prepare(envelope(http_spec(url="http://a/b"), merged_children=children))
+
+    assert prepared.failed_children["bad"].folder.destination == prepared.folder.destination
