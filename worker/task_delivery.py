@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import structlog
-from orchestrator_client.uploads import ResultBody, file_url, post_result, upload_file
 from pydantic import ValidationError
 
 from executors.contract import Failure
@@ -25,6 +24,7 @@ from executors.task_spec import Destination
 from orchestrator_client.archive_writer import ArchiveTools, write_archive
 from orchestrator_client.errors import ArchiveError, RefusedError, TransferError
 from orchestrator_client.http_link import HttpLink, Target, with_patience
+from orchestrator_client.uploads import ResultBody, file_url, post_result, upload_file
 from worker.delivery_files import LostError, check_folder, clean_up, file_state, is_there, write_package_keys
 from worker.delivery_plan import (
     BEST_EFFORT_SEC,
@@ -46,6 +46,7 @@ from worker.task_journal import JournalError, TaskJournal
 _ARCHIVES_AT_ONCE: Final = 1
 _UPLOADS_AT_ONCE: Final = 2
 _RESULTS_AT_ONCE: Final = 16
+_CANCEL_AGAIN_SEC: Final = 1.0
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -142,13 +143,14 @@ class TaskDelivery:
 
     async def close(self) -> None:
         """Stop all deliveries where they are."""
-        running = list(self._running.values())
-        for task in running:
-            task.cancel()
-        if running:
-            await asyncio.wait(running)
+        stopped = len(self._running)
+        while self._running:
+            for task in self._running.values():
+                task.cancel()
+            await asyncio.wait(self._running.values(), timeout=_CANCEL_AGAIN_SEC)
+        if stopped:
             text = "deliveries stopped; the journal keeps them for the next start"
-            log.info(text, action="shutdown", count=len(running))
+            log.info(text, action="shutdown", count=stopped)
 
     async def _run(self, job: DeliveryJob) -> None:
         task_id = job.plan.task_id
@@ -176,34 +178,26 @@ class TaskDelivery:
     async def _outcome(self, job: DeliveryJob) -> tuple[Failure | None, bool]:
         """Deliver. Returns why that failed, if it did, and whether it can be tried again."""
         plan = job.plan
-        keep = True
         try:
             await self._deliver(job)
         except asyncio.CancelledError:
             if plan.task_id not in self._cancelled:
                 raise  # the daemon stops; the journal keeps the delivery
+            if (own := asyncio.current_task()) is not None:
+                own.uncancel()  # a person's wish, which ends here
             failure = self._failure(job, "cancelled", "cancelled while its result was being delivered")
         except LostError as error:
-            failure = Failure(reason="delivery_failed", message=str(error), hint="send the task again", retryable=True)
-            keep = False
-        except (RefusedError, BadSpecError) as error:
-            failure = self._failure(job, "delivery_refused", f"the result was refused: {error}")
-        except TransferError as error:
-            failure = self._failure(job, "delivery_failed", f"the result could not be delivered: {error}")
-        except ArchiveError as error:
-            failure = self._failure(job, "delivery_failed", f"the result could not be archived: {error}")
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            failure = self._failure(job, "disk_full" if full else "delivery_failed", error.strerror or str(error))
+            lost = Failure(reason="delivery_failed", message=str(error), hint="send the task again", retryable=True)
+            return (None if plan.best_effort else lost), False
+        except (RefusedError, BadSpecError, TransferError, ArchiveError, OSError) as error:
+            failure = self._failure(job, *_told(error))
         else:
             return None, False
         if plan.best_effort:  # the task's own failure is what counts
-            log.warning(
-                "the summary of a failed task was not sent",
-                action="deliver", task_id=plan.task_id, error=failure.message,
-            )  # fmt: skip
+            text = "the summary of a failed task was not sent"
+            log.warning(text, action="deliver", task_id=plan.task_id, error=failure.message)
             return None, False
-        return failure, keep
+        return failure, True
 
     def _failure(self, job: DeliveryJob, reason: Reason, message: str) -> Failure:
         folder = job.plan.postings[-1].folder
@@ -325,3 +319,16 @@ class TaskDelivery:
             await self._parts.journal.note_delivery(stored(job))
         except JournalError as error:
             log.error("the journal cannot be written", action="deliver", task_id=job.plan.task_id, error=str(error))
+
+
+def _told(error: Exception) -> tuple[Reason, str]:
+    """The reason of a failed delivery, and what happened."""
+    match error:
+        case RefusedError() | BadSpecError():
+            return "delivery_refused", f"the result was refused: {error}"
+        case TransferError():
+            return "delivery_failed", f"the result could not be delivered: {error}"
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "disk_full", error.strerror or str(error)
+        case _:
+            return "delivery_failed", f"the result could not be prepared for sending: {error}"

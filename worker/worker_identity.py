@@ -164,7 +164,8 @@ def _number(value: bytes | None, default: int = 0) -> int:
 
 def _lock(root: Path, worker_id: str) -> StateFolder | None:
     folder = root / worker_id
-    folder.mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)  # the journal holds the headers of tasks' destinations
+    folder.mkdir(exist_ok=True)
     descriptor = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
