@@ -7,7 +7,7 @@ refused here, before anything heavy loads, and never ignored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -16,15 +16,21 @@ from pydantic import (
     Discriminator,
     Field,
     JsonValue,
+    StringConstraints,
     Tag,
+    ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from executors.task_spec import SpecSection, TaskSpec
+from executors.input_spec import CheckpointLoad, InputRequest
+from executors.task_spec import SparseSection, TaskSpec
 
 DataType = Literal["list", "dataset", "graph_template"]
 DtypeName = Literal["auto", "float16", "bfloat16", "float32"]
+
+CHECKPOINT: Final = "checkpoint.load"
+"""Name of the checkpoint among a task's inputs."""
 
 _DTYPE_ALIASES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _DATA_TYPE_OF_KEY = {"items": "list", "url": "dataset", "template": "graph_template"}
@@ -47,16 +53,6 @@ def _without_empty(values: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(value for value in values if value)
 
 
-def _named(identifier: str) -> str:
-    if not identifier.strip():
-        raise PydanticCustomError(
-            "missing_model",
-            "is missing; expected a hub name such as 'org/model' or a path. "
-            "Set it in the task, or VLLM_MODEL or HF_MODEL at the worker",
-        )
-    return identifier.strip()
-
-
 def _not_built(what: str) -> AfterValidator:
     def refuse(value: JsonValue) -> JsonValue:
         if value:
@@ -70,35 +66,27 @@ def _not_built(what: str) -> AfterValidator:
     return AfterValidator(refuse)
 
 
-class InferenceSection(SpecSection):
-    """Base of this spec's sections: a key whose value is null is treated as if it were not there."""
+class ModelSource(SparseSection):
+    """`model.source`: which weights. `gguf_file` picks one file of a folder or repository with quantised files.
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, value: object) -> object:
-        if isinstance(value, Mapping):
-            return {key: item for key, item in value.items() if item is not None}
-        return value
+    With `checkpoint.load` the weights come from there, and this names what lacks in it: tokenizer and configuration.
+    """
 
-
-class ModelSource(InferenceSection):
-    """`model.source`: which weights. `gguf_file` picks one file of a folder or repository with quantised files."""
-
-    identifier: Annotated[str, AfterValidator(_named)] = Field(default="", validate_default=True)
+    identifier: Annotated[str, StringConstraints(strip_whitespace=True)] = ""
     type: JsonValue = None
     revision: str | None = None
     trust_remote_code: bool = False
     gguf_file: str | None = None
 
 
-class ModelConfig(InferenceSection):
+class ModelConfig(SparseSection):
     """`model.config`: accepted, has no effect (WIRE 4.1)."""
 
     fp16: JsonValue = None
     device_map_auto: JsonValue = None
 
 
-class TransformersOptions(InferenceSection):
+class TransformersOptions(SparseSection):
     """`model.transformers`: how Transformers loads the weights.
 
     `low_cpu_mem_usage` is accepted; Transformers 5 always loads that way.
@@ -123,7 +111,7 @@ class TransformersOptions(InferenceSection):
         return self
 
 
-class VllmOptions(InferenceSection):
+class VllmOptions(SparseSection):
     """`model.vllm`: leftovers for an engine that is not vLLM, so nothing is checked."""
 
     tensor_parallel_size: JsonValue = None
@@ -136,7 +124,7 @@ class VllmOptions(InferenceSection):
     release_after_run: JsonValue = None
 
 
-class ModelSection(InferenceSection):
+class ModelSection(SparseSection):
     """`model`."""
 
     source: ModelSource = Field(default_factory=dict, validate_default=True)
@@ -146,7 +134,7 @@ class ModelSection(InferenceSection):
     adapters: Annotated[JsonValue, _not_built("a LoRA adapter for inference")] = None
 
 
-class ChatMessage(InferenceSection):
+class ChatMessage(SparseSection):
     """One message of a conversation; further keys (`name`, `tool_calls` …) reach the model's chat template."""
 
     role: str = Field(min_length=1)
@@ -176,7 +164,7 @@ PromptItem = Annotated[
 """One entry of `data.items`: a text, or a conversation."""
 
 
-class GraphColumn(InferenceSection):
+class GraphColumn(SparseSection):
     """One column of a graph template: `expr` is `stage.path`, or `node` and `path` give the two apart."""
 
     label: str | None = None
@@ -194,7 +182,7 @@ class GraphColumn(InferenceSection):
         return self
 
 
-class TemplateOptions(InferenceSection):
+class TemplateOptions(SparseSection):
     """`template.options` of the built-in template."""
 
     intro: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
@@ -202,7 +190,7 @@ class TemplateOptions(InferenceSection):
     closing: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
 
 
-class GraphTemplate(InferenceSection):
+class GraphTemplate(SparseSection):
     """`data.template` (WIRE 4.2)."""
 
     name: str = "two_column_briefing"
@@ -212,7 +200,7 @@ class GraphTemplate(InferenceSection):
     append_system_prompt: bool = False
 
 
-class DataSection(InferenceSection):
+class DataSection(SparseSection):
     """`data`: where the prompts come from. Without `type` it follows from `items`, `url` or `template`.
 
     `buffer_size` is accepted; shuffling here is exact and needs none. Keys of another type are leftovers of a merged
@@ -274,7 +262,7 @@ class DataSection(InferenceSection):
         return self
 
 
-class InferenceOptions(InferenceSection):
+class InferenceOptions(SparseSection):
     """`inference`: how to generate.
 
     Attributes:
@@ -314,7 +302,7 @@ class InferenceOptions(InferenceSection):
         return self.max_new_tokens or self.max_tokens
 
 
-class ShardSection(InferenceSection):
+class ShardSection(SparseSection):
     """`shard`: the part of a data set that this task takes, after shuffling."""
 
     total: int = Field(default=1, ge=1)
@@ -332,26 +320,26 @@ class ShardSection(InferenceSection):
         return self
 
 
-class ParallelSection(InferenceSection):
+class ParallelSection(SparseSection):
     """`parallel`: accepted, has no effect (WIRE 4.1)."""
 
     enabled: JsonValue = None
     max_shards: JsonValue = None
 
 
-class CheckpointSection(InferenceSection):
+class CheckpointSection(SparseSection):
     """`checkpoint`."""
 
-    load: Annotated[JsonValue, _not_built("checkpoint.load for inference")] = None
+    load: CheckpointLoad | None = None
 
 
-class PostprocessSection(InferenceSection):
+class PostprocessSection(SparseSection):
     """`postprocess`."""
 
     jsonl_export: Annotated[JsonValue, _not_built("postprocess.jsonl_export")] = None
 
 
-class InferenceSpec(TaskSpec):
+class InferenceSpec(SparseSection, TaskSpec):
     """The spec of a text generation task.
 
     Raises:
@@ -366,10 +354,27 @@ class InferenceSpec(TaskSpec):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     postprocess: PostprocessSection = Field(default_factory=PostprocessSection)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, value: object) -> object:
-        return {key: item for key, item in value.items() if item is not None} if isinstance(value, Mapping) else value
+    @model_validator(mode="after")
+    def _names_weights(self) -> Self:
+        if self.model.source.identifier or self.checkpoint.load:
+            return self
+        problem = PydanticCustomError(
+            "missing_model",
+            "is missing; expected a hub name such as 'org/model' or a path. "
+            "Set it or checkpoint.load in the task, or VLLM_MODEL or HF_MODEL at the worker",
+        )
+        line = InitErrorDetails(type=problem, loc=("model", "source", "identifier"), input="")
+        raise ValidationError.from_exception_data("InferenceSpec", [line])  # the only way to name a field from here
+
+    def inputs(self) -> tuple[InputRequest, ...]:
+        """The weights that `checkpoint.load` names, as `CHECKPOINT`."""
+        return (self.checkpoint.load.request(CHECKPOINT),) if self.checkpoint.load else ()
+
+    @property
+    def model_name(self) -> str:
+        """The model for people: its name, or that of the checkpoint where it has none."""
+        load = self.checkpoint.load
+        return self.model.source.identifier or (load.shown_name if load else "")
 
     @property
     def trusts_remote_code(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +14,17 @@ import psutil
 
 from executors.contract import EnginePolicy
 from executors.errors import BadSpecError, MissingLibraryError, ModelLoadError
-from executors.inference_spec import InferenceSpec
+from executors.inference_spec import CHECKPOINT, InferenceSpec
 from executors.local_paths import confine, find_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SPREADING_MAPS = frozenset({"auto", "balanced", "balanced_low_0"})
+_TOKENIZER_FILES = frozenset(
+    {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
+)
+_MOST_NAMED = 5
 _INSTALL_HINT = "Install the extra on the worker: uv sync --inexact --extra inference."
 
 
@@ -32,11 +37,15 @@ class WeightsSource:
         gguf_file: the quantised file inside it; None for ordinary weights.
         stamp: name, size and change time of each local file, to notice weights that were written anew;
             empty for the hub.
+        weights_file: the file inside it that holds weights and nothing else; None if the folder is a whole model.
+        base: what lacks here (tokenizer, configuration of a lone weights file) comes from there; None: nothing lacks.
     """
 
     location: str
     gguf_file: str | None
     stamp: tuple[tuple[str, int, int], ...]
+    weights_file: str | None = None
+    base: WeightsSource | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class LoadedModel:
 
 def engine_key(spec: InferenceSpec) -> str:
     """Return all of a spec that changes what gets loaded, as stable text (WIRE 9.18)."""
-    source, options = spec.model.source, spec.model.transformers
+    source, options, load = spec.model.source, spec.model.transformers, spec.checkpoint.load
     placement = _requested_device(spec)
     return json.dumps(
         {
@@ -74,6 +83,7 @@ def engine_key(spec: InferenceSpec) -> str:
             "identifier": source.identifier,
             "revision": source.revision,
             "gguf_file": source.gguf_file,
+            "checkpoint": load and load.identity,
             "dtype": options.dtype,
             "device": placement,
             "gpus": spec.gpu_limit if placement in _SPREADING_MAPS else None,
@@ -85,12 +95,71 @@ def engine_key(spec: InferenceSpec) -> str:
     )
 
 
-def find_weights(spec: InferenceSpec, policy: EnginePolicy) -> WeightsSource:
+def find_weights(spec: InferenceSpec, policy: EnginePolicy, inputs: Mapping[str, Path]) -> WeightsSource:
     """Find the weights that a spec names, without reading them.
 
+    Args:
+        spec: the spec.
+        policy: holds the allowed roots.
+        inputs: what the daemon has found or fetched; with `checkpoint.load` in the spec it holds `CHECKPOINT`.
+
     Raises:
-        BadSpecError: the path is missing, not allowed, or a folder in which the GGUF file is not clear.
+        BadSpecError: the path is missing, not allowed, or a folder in which the GGUF file is not clear; a checkpoint
+            that is no model.
+        ModelLoadError: the checkpoint has vanished.
     """
+    if spec.checkpoint.load is None:
+        return _find_named(spec, policy)
+    if CHECKPOINT not in inputs:
+        raise RuntimeError("spec.checkpoint.load is set, but the daemon gave the engine no files for it")
+    try:
+        return _find_checkpoint(spec, policy, inputs[CHECKPOINT])
+    except FileNotFoundError as error:
+        raise ModelLoadError(
+            f"spec.checkpoint.load: {inputs[CHECKPOINT]} has vanished", hint="Send the task again."
+        ) from error
+
+
+def _find_checkpoint(spec: InferenceSpec, policy: EnginePolicy, found: Path) -> WeightsSource:
+    field = "spec.checkpoint.load"
+    files = [found] if found.is_file() else sorted(path for path in found.iterdir() if path.is_file())
+    names = {path.name for path in files}
+    if "adapter_config.json" in names:
+        raise BadSpecError(
+            f"{field} is a LoRA adapter ({found.name!r} holds adapter_config.json), and this version runs none; "
+            "expected whole weights",
+            hint="Merge the adapter into its model, and give the merged folder.",
+        )
+    if found.is_dir() and "config.json" in names:
+        base = None if names & _TOKENIZER_FILES else _base_of(spec, policy, f"{field} has no tokenizer files")
+        return WeightsSource(str(found), None, _stamp(files), base=base)
+    weights = [path for path in files if path.suffix.lower() in {".gguf", ".safetensors"}]
+    if len(weights) != 1:
+        what = ", ".join(path.name for path in weights or files[:_MOST_NAMED]) or "nothing"
+        raise BadSpecError(
+            f"{field} is {found.name!r}, which holds {what}; "
+            "expected a folder with config.json, or one .gguf or .safetensors file",
+            hint="Give spec.checkpoint.load.subdir where the model lies deeper in an archive.",
+        )
+    (file,) = weights
+    if file.suffix.lower() == ".gguf":
+        return WeightsSource(str(file.parent), file.name, _stamp([file]))
+    base = _base_of(spec, policy, f"{field} is the file {file.name!r} alone, without config.json")
+    if base.gguf_file or base.weights_file:
+        raise BadSpecError(
+            f"{field} is the file {file.name!r} alone; spec.model.source is a .gguf file, which cannot complete it",
+            hint="Name the model in its ordinary form in spec.model.source.identifier.",
+        )
+    return WeightsSource(str(file.parent), None, _stamp([file]), weights_file=file.name, base=base)
+
+
+def _base_of(spec: InferenceSpec, policy: EnginePolicy, what_lacks: str) -> WeightsSource:
+    if not spec.model.source.identifier:
+        raise BadSpecError(f"{what_lacks}; expected spec.model.source.identifier to name the model it belongs to")
+    return _find_named(spec, policy)
+
+
+def _find_named(spec: InferenceSpec, policy: EnginePolicy) -> WeightsSource:
     source = spec.model.source
     field = "spec.model.source.identifier"
     local = find_local(source.identifier, field, policy)
@@ -121,7 +190,7 @@ def _stamp(files: list[Path]) -> tuple[tuple[str, int, int], ...]:
     return tuple((name, status.st_size, status.st_mtime_ns) for name, status in facts)
 
 
-def load_model(spec: InferenceSpec, policy: EnginePolicy) -> LoadedModel:
+def load_model(spec: InferenceSpec, policy: EnginePolicy, inputs: Mapping[str, Path]) -> LoadedModel:
     """Load model and tokenizer.
 
     Raises:
@@ -129,36 +198,31 @@ def load_model(spec: InferenceSpec, policy: EnginePolicy) -> LoadedModel:
         MissingLibraryError: Transformers, or what a chosen option needs, is not installed.
         ModelLoadError: not found, not readable, not a text generation model.
     """
-    source = find_weights(spec, policy)
+    source = find_weights(spec, policy, inputs)
+    field, name = "spec.model.source.identifier", spec.model_name
+    if spec.checkpoint.load is not None:
+        field, name = "spec.checkpoint.load", spec.checkpoint.load.shown_name
     try:
         import torch
         import transformers
     except ImportError as error:
         raise MissingLibraryError(f"inference needs torch and transformers: {error}", hint=_INSTALL_HINT) from error
-    # Many task files ask for remote code without need, so the wish alone is no reason to refuse them.
-    where: dict[str, object] = {"trust_remote_code": spec.trusts_remote_code and policy.allow_remote_code}
-    if spec.model.source.revision and not source.stamp:
-        where["revision"] = spec.model.source.revision
-    if source.gguf_file:
-        where["gguf_file"] = source.gguf_file
     options = _weight_options(spec, source)
+    base = source.base or source
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **where)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source.location, **where, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base.location, **_where(spec, policy, base))
+        model = _load_weights(spec, policy, source, options)
     except ImportError as error:
         raise MissingLibraryError(
-            f"loading {spec.model.source.identifier!r} needs a library that is not installed: {error}",
-            hint=_INSTALL_HINT,
+            f"loading {name!r} needs a library that is not installed: {error}", hint=_INSTALL_HINT
         ) from error
-    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, ModelLoadError):
         raise
     except Exception as error:  # from_pretrained raises many kinds, and each is about the model
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         raise ModelLoadError(
-            f"spec.model.source.identifier {spec.model.source.identifier!r} cannot be loaded: "
-            f"{type(error).__name__}: {error}",
-            hint=_load_hint(source, error),
+            f"{field} {name!r} cannot be loaded: {type(error).__name__}: {error}", hint=_load_hint(source, error)
         ) from error
     model.eval()
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
@@ -184,6 +248,46 @@ def load_model(spec: InferenceSpec, policy: EnginePolicy) -> LoadedModel:
         dtype=str(model.dtype).removeprefix("torch."),
         source=source,
     )
+
+
+def _where(spec: InferenceSpec, policy: EnginePolicy, source: WeightsSource) -> dict[str, object]:
+    """What tells Transformers which files, and whether the model's own code may run."""
+    # Many task files ask for remote code without need, so the wish alone is no reason to refuse them.
+    where: dict[str, object] = {"trust_remote_code": spec.trusts_remote_code and policy.allow_remote_code}
+    if spec.model.source.revision and not source.stamp:
+        where["revision"] = spec.model.source.revision
+    if source.gguf_file:
+        where["gguf_file"] = source.gguf_file
+    return where
+
+
+def _load_weights(
+    spec: InferenceSpec, policy: EnginePolicy, source: WeightsSource, options: dict[str, object]
+) -> PreTrainedModel:
+    import transformers
+
+    where = _where(spec, policy, source)
+    if source.weights_file and source.base:
+        of_base = _where(spec, policy, source.base)
+        config = transformers.AutoConfig.from_pretrained(source.base.location, **of_base)
+        config.transformers_weights = source.weights_file
+        try:
+            ends = transformers.GenerationConfig.from_pretrained(source.base.location, **of_base)
+        except OSError:  # many models have no such file
+            ends = transformers.GenerationConfig.from_model_config(config)
+        options |= {"config": config, "generation_config": ends}
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        source.location, **where, **options, output_loading_info=True
+    )
+    if spec.checkpoint.load is not None and told["missing_keys"]:  # they would be random
+        missing = sorted(told["missing_keys"])
+        raise ModelLoadError(
+            f"spec.checkpoint.load {spec.checkpoint.load.shown_name!r} lacks {len(missing)} of the model's weights, "
+            f"for instance {missing[0]!r}",
+            hint="Check that the checkpoint is whole and belongs to this model.",
+        )
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _load_hint(source: WeightsSource, error: Exception) -> str:

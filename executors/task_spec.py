@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints, model_validator
 
-from executors.input_spec import InputRequest
+if TYPE_CHECKING:  # its sections derive from those here
+    from executors.input_spec import InputRequest
 
 
 class SpecSection(BaseModel):
     """Base of every part of a spec. Unknown keys are kept, and become warnings by `unknown_keys`."""
 
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+
+class SparseSection(SpecSection):
+    """A part in which a null counts as absent: merged stage specs use nulls to take a base value back."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: object) -> object:
+        return {key: item for key, item in value.items() if item is not None} if isinstance(value, Mapping) else value
 
 
 class GpuDemand(SpecSection):

@@ -57,8 +57,8 @@ class TextGeneration(Executor[InferenceSpec]):
             ExecutorError: see `executors.model_loading.load_model`.
         """
         self._loaded = None  # frees the memory of a model that is loaded anew
-        task.report.log("info", f"loading {task.spec.model.source.identifier}")
-        self._loaded = load_model(task.spec, task.policy)
+        task.report.log("info", f"loading {task.spec.model_name}")
+        self._loaded = load_model(task.spec, task.policy, task.inputs)
         task.report.log("info", f"loaded on {self._loaded.device} as {self._loaded.dtype}")
 
     def run(self, task: ExecutorTask[InferenceSpec]) -> TaskOutput:
@@ -77,6 +77,7 @@ class TextGeneration(Executor[InferenceSpec]):
         outputs: dict[str, ChildOutput] = {}
         for child in task.children:
             try:
+                _check_checkpoint(child.spec, task.spec)
                 children[child.task_id] = _prepare(loaded, child.spec, task.policy, child.out_dir)
             except TaskCancelledError:
                 raise
@@ -89,7 +90,7 @@ class TextGeneration(Executor[InferenceSpec]):
         generated = _generate(loaded, everything, task, pace)
         task.report.raise_if_cancelled()
         latency_sec = pace.elapsed_sec
-        facts = EngineFacts("transformers", task.spec.model.source.identifier, loaded.device, loaded.dtype)
+        facts = EngineFacts("transformers", task.spec.model_name, loaded.device, loaded.dtype)
         position = len(own.items)
         of_children: dict[str, list[GeneratedItem]] = {}
         for task_id, prepared in children.items():
@@ -101,11 +102,21 @@ class TextGeneration(Executor[InferenceSpec]):
 
     def _current_model(self, task: ExecutorTask[InferenceSpec]) -> LoadedModel:
         """Return the loaded model, loaded anew when its files have changed since: training may write a folder again."""
-        if self._loaded is None or find_weights(task.spec, task.policy) != self._loaded.source:
+        if self._loaded is None or find_weights(task.spec, task.policy, task.inputs) != self._loaded.source:
             self.load(task)
         if self._loaded is None:
             raise RuntimeError("load() has returned without a model")
         return self._loaded
+
+
+def _check_checkpoint(child: InferenceSpec, parent: InferenceSpec) -> None:
+    """Merged tasks run on one loaded model; a child that means other weights must not get an answer from these."""
+    asked, loaded = child.checkpoint.load, parent.checkpoint.load
+    if (asked and asked.identity) != (loaded and loaded.identity):
+        raise BadSpecError(
+            "spec.checkpoint.load of this merged task differs from that of the task it was merged into",
+            hint="Send it as a task of its own.",
+        )
 
 
 def _option_warnings(spec: InferenceSpec, policy: EnginePolicy) -> list[str]:

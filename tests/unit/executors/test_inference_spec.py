@@ -3,6 +3,7 @@ from pydantic import ValidationError
 
 from executors.inference_spec import InferenceSpec
 from executors.task_spec import unknown_keys
+from executors.text_generation import TextGeneration
 
 
 def spec_dict(**sections: object) -> dict[str, object]:
@@ -107,6 +108,47 @@ def test_a_missing_model_is_refused_with_its_full_path(model: dict[str, object] 
     assert "is missing" in errors["model", "source", "identifier"]
 
 
+@pytest.mark.parametrize("model", [None, {}, {"source": {}}, {"source": {"identifier": " "}}])
+def test_a_checkpoint_needs_no_base_model(model: dict[str, object] | None):
+    spec = InferenceSpec.model_validate(
+        spec_dict(model=model, checkpoint={"load": {"url": "http://u:p@h/final_model.tar.gz?key=s", "taskId": None}})
+    )
+    assert spec.model_name == "final_model.tar.gz"
+    (request,) = spec.inputs()
+    assert (request.name, request.kind, request.url) == (
+        "checkpoint.load",
+        "checkpoint",
+        "http://u:p@h/final_model.tar.gz?key=s",
+    )
+
+
+def test_the_base_models_name_is_the_results_name():
+    spec = InferenceSpec.model_validate(spec_dict(checkpoint={"load": {"path": "/x"}}))
+    assert spec.model_name == "acme/tiny-lm"
+
+
+def test_without_a_checkpoint_there_are_no_inputs():
+    for load in ({}, {"checkpoint": {}}, {"checkpoint": {"load": None}}):
+        assert InferenceSpec.model_validate(spec_dict(**load)).inputs() == ()
+
+
+def test_an_empty_checkpoint_is_refused_and_never_the_base_model():
+    errors = errors_of(spec_dict(checkpoint={"load": {"path": None, "type": "local"}}))
+    assert list(errors) == [("checkpoint", "load")]
+    assert "expected at least one of path, taskId and url" in errors["checkpoint", "load"]
+
+
+def test_a_checkpoint_is_part_of_the_engine_key():
+    def key(**load: object) -> str:
+        section = {"checkpoint": {"load": load}} if load else {}
+        return TextGeneration.engine_key(InferenceSpec.model_validate(spec_dict(**section)))
+
+    keys = [key(), key(path="/x"), key(taskId="a"), key(url="http://h/a"), key(url="http://h/a", sha256="0" * 64)]
+    assert len(set(keys)) == len(keys)
+    assert key(url="http://h/a") == key(url="http://h/a", headers={"X-Key": "s"}, timeoutSec=9)
+    assert "secret-1" not in key(url="http://u:secret-1@h/a?k=secret-1")
+
+
 def test_a_wrong_item_is_named_by_its_index():
     errors = errors_of(spec_dict(data={"items": ["a", "b", 3]}))
     assert errors == {("data", "items", 2): "expected a string, or a list of messages with role and content"}
@@ -120,7 +162,6 @@ def test_a_wrong_message_is_named():
 @pytest.mark.parametrize(
     ("sections", "location"),
     [
-        ({"checkpoint": {"load": {"path": "/x"}}}, ("checkpoint", "load")),
         ({"postprocess": {"jsonl_export": {"path": "x"}}}, ("postprocess", "jsonl_export")),
         (
             {"model": {"source": {"identifier": "a/b"}, "adapters": [{"type": "lora", "path": "/x"}]}},
