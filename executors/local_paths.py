@@ -64,9 +64,19 @@ def confine(value: str | Path, field: str, policy: EnginePolicy) -> Path:
         raise BadSpecError(
             f"{field} is {str(value)!r}, which lies outside the folders this worker may read ({allowed})", hint=hint
         )
+    if _is_the_workers_own(resolved, roots):
+        raise BadSpecError(f"{field} is {str(value)!r}, which lies in a folder of the worker's own", hint=hint)
     if not resolved.exists():
         raise BadSpecError(
             f"{field} is {str(value)!r}, but {resolved} does not exist",
             hint=f"Check the path; this worker reads from: {allowed} (WORKER_ALLOWED_ROOTS).",
         )
     return resolved
+
+
+def _is_the_workers_own(path: Path, roots: list[Path]) -> bool:
+    """Whether a path lies in a hidden folder of the first root (journal, cache) that no root of its own allows."""
+    own = roots[0]
+    if not path.is_relative_to(own) or not any(part.startswith(".") for part in path.relative_to(own).parts[:1]):
+        return False
+    return not any(path.is_relative_to(root) and root.is_relative_to(own) and root != own for root in roots)

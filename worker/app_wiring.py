@@ -117,6 +117,7 @@ class Daemon:
             bandwidth_bytes_per_sec=self._settings.worker_network_bandwidth_bytes_per_sec,
         )
         await leftovers
+        self._inputs.start()
         identity = Identity.describe(
             self._state.worker_id,
             self._settings.worker_tags,

@@ -21,6 +21,7 @@ TAG: Final = "FLOWMESH_ENGINE"
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _GONE_WITHIN_SEC: Final = 5.0
 _POLL_SEC: Final = 0.02
+_WAITERS_TURN_SEC: Final = 0.5
 
 log = structlog.get_logger()
 
@@ -64,15 +65,27 @@ def end_everything(prefix: str, group: int | None = None, spare: frozenset[int] 
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        _reap_orphans(spare)
         if not left or time.monotonic() > deadline:
+            _reap_orphans(spare)
             return [process.pid for process in left]
         time.sleep(_POLL_SEC)
 
 
 def _reap_orphans(spare: frozenset[int]) -> None:
     """Take the exit status of adopted processes that have ended; else they would stay as zombies."""
+    if not _zombies(spare):
+        return
+    # tar, pigz and the like are waited for by asyncio, whose threads take them at once; what is left is nobody's.
+    time.sleep(_WAITERS_TURN_SEC)
+    for child in _zombies(spare):
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(child.pid, os.WNOHANG)
+
+
+def _zombies(spare: frozenset[int]) -> list[psutil.Process]:
+    found = []
     for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error, ChildProcessError):
+        with contextlib.suppress(psutil.Error):
             if child.pid not in spare and child.status() == psutil.STATUS_ZOMBIE:
-                os.waitpid(child.pid, os.WNOHANG)
+                found.append(child)
+    return found

@@ -226,8 +226,9 @@ class TaskPreparation:
             raise BadSpecError(validation_text(error, place), hint="correct the task file and send it again") from error
 
     def _with_default_model(self, spec: JsonObject) -> JsonObject:
-        """Fill in VLLM_MODEL or HF_MODEL where an inference task names no model (WIRE 4.1)."""
-        if self._default_model is None:
+        """Fill in VLLM_MODEL or HF_MODEL where an inference task names no model, nor a checkpoint (WIRE 4.1)."""
+        checkpoint = spec.get("checkpoint")
+        if self._default_model is None or (isinstance(checkpoint, dict) and checkpoint.get("load")):
             return spec
         model = spec.get("model") or {}
         source: JsonValue = (model.get("source") or {}) if isinstance(model, dict) else None

@@ -201,7 +201,6 @@ class TaskRunner:
         await asyncio.sleep(0)  # lets TASK_STARTED go out before the engine gets its work
         outcome = await execution.run()
         self._current, self._current_id = None, ""
-        self._parts.inputs.release(record.task_id)
         self._parts.news.forget(record.task_id)
         await self._unwritten.acquire()
         self._end_soon(record, outcome, folder, prepared, slot=True)
@@ -224,6 +223,7 @@ class TaskRunner:
     def _end_soon(
         self, record: TaskRecord, outcome: Outcome, folder: Folder, prepared: PreparedTask | None, *, slot: bool = False
     ) -> None:
+        self._parts.inputs.release(record.task_id)
         task = asyncio.create_task(self._end(record, outcome, folder, prepared, slot=slot))
         self._ends.add(task)
         task.add_done_callback(self._ends.discard)

@@ -108,10 +108,10 @@ def test_the_entry_file_is_thin():
     assert len((REPO / "worker" / "main.py").read_text().splitlines()) <= MOST_LINES_OF_MAIN
 
 
-def test_no_redis_below_the_engine_and_no_process_in_the_client():
+def test_no_redis_below_the_engine_and_no_blocking_process_in_the_client():
     """Fetching, running and recording are different modules (EXAMPLES 3.4)."""
     for file in (REPO / "executors").rglob("*.py"):
         assert not {name.partition(".")[0] for name in imported(file)} & {"redis", "httpx", "requests"}, name_of(file)
     for file in (REPO / "orchestrator_client").rglob("*.py"):
-        assert "subprocess" not in set(imported(file)) or file.stem.startswith("archive"), name_of(file)
+        assert "subprocess" not in set(imported(file)), name_of(file)  # archives use asyncio's, which can be cancelled
     assert not any(name.startswith("redis") for name in imported(REPO / "worker" / "engine_process.py"))

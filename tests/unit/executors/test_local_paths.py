@@ -85,3 +85,19 @@ def test_urls_and_null_characters_are_refused(value: str, root: Path):
 def test_without_roots_no_path_is_readable(root: Path):
     with pytest.raises(BadSpecError, match=r"\(none\)"):
         find_local(str(root), "f", EnginePolicy())
+
+
+def test_the_workers_own_folders_are_not_readable(root: Path):
+    for name in (".worker", ".cache"):
+        (root / name).mkdir()
+        (root / name / "data.jsonl").write_text("{}")
+        with pytest.raises(BadSpecError, match="of the worker's own"):
+            find_local(f"{name}/data.jsonl", "f", policy(root))
+
+
+def test_a_hidden_root_that_the_operator_allows_is_readable(root: Path):
+    hidden = root / ".hub"
+    hidden.mkdir()
+    (hidden / "data.jsonl").write_text("{}")
+    allowed = EnginePolicy(allowed_roots=(root, hidden))
+    assert find_local(str(hidden / "data.jsonl"), "f", allowed) == hidden / "data.jsonl"

@@ -125,6 +125,20 @@ def test_a_task_without_a_model_gets_the_workers_default(tmp_path: Path, has_gpu
     assert expected in prepared.engine_key
 
 
+def test_a_task_with_a_checkpoint_gets_no_default_model(tmp_path: Path):
+    prepare = preparation(tmp_path, hf_model="acme/cpu-model")
+    spec: JsonObject = {
+        "taskType": "inference",
+        "data": {"type": "list", "items": ["x"]},
+        "checkpoint": {"load": {"url": "http://a/m.tar.gz"}},
+    }
+
+    prepared = prepare.prepare(envelope(spec))
+
+    assert "model" not in prepared.order.spec
+    assert prepared.inputs[0].url == "http://a/m.tar.gz"
+
+
 def http_spec(**destination: object) -> JsonObject:
     output: JsonObject = {"destination": {"type": "http", **destination}}  # type: ignore[dict-item]  # what a test gives
     return {"taskType": "echo", "output": output, "x": 1}
