@@ -20,7 +20,15 @@ from typing import NoReturn
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks import dispatch_latency, inference_overhead, memory_use, noop_throughput, start_time
+from benchmarks import (
+    archive_speed,
+    dispatch_latency,
+    inference_overhead,
+    memory_use,
+    noop_throughput,
+    start_time,
+    upload_speed,
+)
 from benchmarks.broker_link import BenchError
 from benchmarks.live_worker import Broker, running_broker
 from benchmarks.machine_facts import machine_facts
@@ -37,6 +45,8 @@ def measurements(*, quick: bool) -> dict[str, Measurement]:
         "latency": partial(dispatch_latency.measure, back_to_back=100 if quick else 500, paced=20 if quick else 80),
         "throughput": partial(noop_throughput.measure, tasks=500 if quick else 2000, rounds=1 if quick else 3),
         "inference": partial(inference_overhead.measure, pairs=1 if quick else 3),
+        "archive": lambda _: archive_speed.measure(quick=quick),
+        "upload": partial(upload_speed.measure, megabytes=200 if quick else 1000, rounds=3 if quick else 5),
     }
 
 

@@ -49,7 +49,7 @@ if ! command -v pigz >/dev/null; then
     if [[ "$(id -u)" == 0 ]] && install_pigz; then
         say 'installed pigz'
     elif [[ ! -e .cache/pigz-noted ]]; then # once is enough: it is no fault
-        say 'note: pigz is not installed; archives will be compressed in process instead (slower)'
+        say 'note: pigz is not installed; archives will be compressed in process instead'
         mkdir -p .cache && touch .cache/pigz-noted
     fi
 fi

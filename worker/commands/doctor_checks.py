@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Final, Literal
 
@@ -18,6 +20,8 @@ from executors import catalog
 from orchestrator_client.broker_probe import BrokerReport, probe_broker
 from orchestrator_client.connection import redacted
 from orchestrator_client.errors import WireError
+from orchestrator_client.http_link import HttpLink, shown_url
+from worker.destinations import http_policy
 from worker.gpu_facts import GpuReader
 from worker.settings import (
     BrokerSettings,
@@ -36,6 +40,7 @@ _TOO_FEW_BYTES: Final = 1 * _GIB
 _MODEL_BYTES: Final = 20 * _GIB
 """A 7B model in bf16 is 15 GB: with less room than this the first download may not fit."""
 _SLOW_MS: Final = 50.0
+_HEALTH_SEC: Final = 5.0
 _SKEW_SEC: Final = 5.0
 _LARGEST_BUFFER_BYTES: Final = 1 * _GIB
 
@@ -75,7 +80,7 @@ def examine(broker_url: str = "") -> list[Finding]:
     ]
     if settings is not None:
         ready = settings
-        checks += [lambda: _results_folder(ready), lambda: _model_cache(ready)]
+        checks += [lambda: _results_folder(ready), lambda: _model_cache(ready), lambda: _orchestrator(ready)]
     for check in checks:
         findings += _guarded(check)
     return findings
@@ -195,11 +200,38 @@ def _archive_tools(settings: Settings | None) -> Iterator[Finding]:
         path = shutil.which(name)
         subject = Path(name).name
         if path is None:
-            message = f"{name} not found: model archives will be {purpose} in process, more slowly"
+            message = f"{name} not found: model archives will be {purpose} in process"
             fix = f"install it (Debian: apt-get install {subject})"
             yield Finding(level="WARN", subject=subject, message=message, fix=fix)
         else:
             yield Finding(level="OK", subject=subject, message=path)
+
+
+def _orchestrator(settings: Settings) -> Iterator[Finding]:
+    base = settings.orchestrator_base_url
+    if not base:
+        return
+    try:
+        status = asyncio.run(_health_of(base, settings))
+    except WireError as error:
+        fix = "start the orchestrator, or correct ORCHESTRATOR_BASE_URL; results wait meanwhile"
+        yield Finding(level="WARN", subject="orchestrator", message=str(error), fix=fix)
+        return
+    if status == HTTPStatus.OK:
+        yield Finding(level="OK", subject="orchestrator", message=f"{shown_url(base)} answers")
+    else:
+        message = f"{shown_url(base)}/healthz is answered with status {status}, expected 200"
+        yield Finding(level="WARN", subject="orchestrator", message=message, fix="check ORCHESTRATOR_BASE_URL")
+
+
+async def _health_of(base: str, settings: Settings) -> int:
+    link = HttpLink(http_policy(settings))
+    try:
+        call = link.prepare("GET", f"{base}/healthz", {}, own={})
+        async with link.exchange(call, None, stall_sec=_HEALTH_SEC) as answer:
+            return answer.status_code
+    finally:
+        await link.aclose()
 
 
 def _gpus(settings: Settings | None) -> Iterator[Finding]:
