@@ -31,7 +31,7 @@ from typing import IO, Final
 from benchmarks.broker_link import BenchError
 from benchmarks.live_worker import ROOT
 from benchmarks.report_table import Row, against_target, beside
-from orchestrator_client.archive_writer import ArchiveTools, write_archive
+from orchestrator_client.archives.archive_writer import ArchiveTools, write_archive
 
 _SHARDS: Final = 4
 _ROUNDS: Final = 3

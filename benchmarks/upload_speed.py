@@ -24,8 +24,8 @@ from typing import Final
 from benchmarks.broker_link import BenchError
 from benchmarks.live_worker import Broker
 from benchmarks.report_table import Row, against_target, beside
-from orchestrator_client.http_link import HttpLink, HttpPolicy, Target
-from orchestrator_client.uploads import upload_file
+from orchestrator_client.transfers.http_link import HttpLink, HttpPolicy, Target
+from orchestrator_client.transfers.uploads import upload_file
 
 _REPO: Final = Path(__file__).resolve().parent.parent
 _MB: Final = 1_000_000

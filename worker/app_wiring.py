@@ -14,8 +14,8 @@ import structlog
 from executors.contract import EnginePolicy
 from orchestrator_client.channels import TASK_CONTROL
 from orchestrator_client.connection import DISCONNECTED, batch_client, check_access, command_client, pauses, redacted
-from orchestrator_client.http_link import HttpLink
 from orchestrator_client.subscriber import Subscriber
+from orchestrator_client.transfers.http_link import HttpLink
 from worker import exit_codes
 from worker.destinations import http_policy
 from worker.engine_pool import EnginePool

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from executors.contract import JsonObject
-from orchestrator_client.archive_writer import remove_leftovers
+from orchestrator_client.archives.archive_writer import remove_leftovers
 from worker.delivery_plan import DeliveryJob, Package, PackageState, Posting, package_key, result_keys
 from worker.results_folder import RESULT_FILE, RESULT_KEY, ResultToWrite, digest_of, write_results
 

@@ -7,7 +7,7 @@ from typing import Final
 from executors.errors import BadSpecError
 from executors.task_spec import Destination
 from orchestrator_client.errors import RefusedError
-from orchestrator_client.http_link import HttpLink, HttpPolicy, Target
+from orchestrator_client.transfers.http_link import HttpLink, HttpPolicy, Target
 from worker.settings import Settings
 
 _FIELD: Final = "spec.output.destination"

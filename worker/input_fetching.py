@@ -13,10 +13,10 @@ from urllib.parse import quote
 import structlog
 
 from executors.input_spec import InputRequest
-from orchestrator_client.archive_reader import UnpackLimits, unpack
-from orchestrator_client.downloads import DownloadLimits, Source, default_name, download
-from orchestrator_client.http_link import HttpLink, shown_url
-from orchestrator_client.web_addresses import read_address
+from orchestrator_client.archives.archive_reader import UnpackLimits, unpack
+from orchestrator_client.transfers.downloads import DownloadLimits, Source, default_name, download
+from orchestrator_client.transfers.http_link import HttpLink, shown_url
+from orchestrator_client.transfers.web_addresses import read_address
 from worker.cache_entry import CONTENT, CacheRecord, Pin, Wanted, Workspace
 from worker.input_cache import InputCache, means_disk_full
 from worker.local_inputs import NotUsableError, digest_of_file, is_to_be_unpacked

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from executors.input_spec import InputKind, InputRequest
-from orchestrator_client.archive_reader import looks_like_archive
+from orchestrator_client.archives.archive_reader import looks_like_archive
 from orchestrator_client.messages import safe_task_id
 
 WEIGHTS_SUFFIXES: Final = frozenset({".gguf", ".safetensors", ".bin", ".pt", ".pth"})

@@ -7,6 +7,7 @@ import sys
 from logging.handlers import RotatingFileHandler
 from typing import Final
 
+import stamina
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
@@ -30,6 +31,7 @@ def set_up_logs(settings: Settings) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
+    stamina.instrumentation.set_on_retry_hooks(())  # who retries says so itself, with the task it is about
     root = logging.getLogger()
     root.setLevel(settings.log_level)
     for handler in root.handlers[:]:

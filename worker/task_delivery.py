@@ -21,10 +21,10 @@ from pydantic import ValidationError
 from executors.contract import Failure
 from executors.errors import BadSpecError, Reason
 from executors.task_spec import Destination
-from orchestrator_client.archive_writer import ArchiveTools, write_archive
+from orchestrator_client.archives.archive_writer import ArchiveTools, write_archive
 from orchestrator_client.errors import ArchiveError, RefusedError, TransferError
-from orchestrator_client.http_link import HttpLink, Target, with_patience
-from orchestrator_client.uploads import ResultBody, file_url, post_result, upload_file
+from orchestrator_client.transfers.http_link import HttpLink, Target, with_patience
+from orchestrator_client.transfers.uploads import ResultBody, file_url, post_result, upload_file
 from worker.delivery_files import LostError, check_folder, clean_up, file_state, is_there, write_package_keys
 from worker.delivery_plan import (
     BEST_EFFORT_SEC,

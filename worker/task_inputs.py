@@ -18,9 +18,9 @@ import structlog
 from executors.child_messages import RunTask
 from executors.contract import Failure
 from executors.input_spec import InputRequest
-from orchestrator_client.archive_reader import content_root
+from orchestrator_client.archives.archive_reader import content_root
 from orchestrator_client.errors import ArchiveError, RefusedError, TransferError
-from orchestrator_client.http_link import HttpLink, shown_url
+from orchestrator_client.transfers.http_link import HttpLink, shown_url
 from worker.cache_entry import Pin
 from worker.input_cache import InputCache, means_disk_full
 from worker.input_fetching import InputFetching

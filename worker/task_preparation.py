@@ -15,8 +15,8 @@ from executors.contract import Executor, Failure, JsonObject
 from executors.errors import BadSpecError, ExecutorError
 from executors.input_spec import InputRequest
 from executors.task_spec import Destination, Output, TaskSpec, unknown_keys
-from orchestrator_client.http_link import HttpLink
 from orchestrator_client.messages import ChildEnvelope, TaskEnvelope
+from orchestrator_client.transfers.http_link import HttpLink
 from orchestrator_client.validation_text import validation_text
 from worker.delivery_plan import work_digest
 from worker.destinations import target_of

@@ -9,8 +9,8 @@ import pytest
 import pytest_asyncio
 from http_orchestrator import HttpOrchestrator
 
-from orchestrator_client import patience
-from orchestrator_client.http_link import HttpLink, HttpPolicy
+from orchestrator_client.transfers import patience
+from orchestrator_client.transfers.http_link import HttpLink, HttpPolicy
 
 
 @pytest.fixture

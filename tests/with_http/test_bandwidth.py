@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from http_orchestrator import HttpOrchestrator
 
-from orchestrator_client.bandwidth import Bandwidth
-from orchestrator_client.http_link import HttpLink, HttpPolicy, Target
-from orchestrator_client.uploads import ResultBody, post_result, upload_file
+from orchestrator_client.transfers.bandwidth import Bandwidth
+from orchestrator_client.transfers.http_link import HttpLink, HttpPolicy, Target
+from orchestrator_client.transfers.uploads import ResultBody, post_result, upload_file
 
 
 class Clock:

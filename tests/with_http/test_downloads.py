@@ -13,9 +13,9 @@ from http_orchestrator import HttpOrchestrator
 from pydantic import SecretStr
 from raw_peer import raw_peer
 
-from orchestrator_client.downloads import Downloaded, DownloadLimits, Source, default_name, download
 from orchestrator_client.errors import AddressError, RefusedError, TransferError
-from orchestrator_client.http_link import HttpLink, HttpPolicy
+from orchestrator_client.transfers.downloads import Downloaded, DownloadLimits, Source, default_name, download
+from orchestrator_client.transfers.http_link import HttpLink, HttpPolicy
 
 NAME = "final_model.tar.gz"
 CONTENT = os.urandom(3_000_000)

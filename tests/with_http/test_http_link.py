@@ -13,10 +13,17 @@ import pytest
 from http_orchestrator import HttpOrchestrator
 from pydantic import SecretStr
 
-from orchestrator_client.downloads import next_place
 from orchestrator_client.errors import AddressError, RefusedError, TransferError
-from orchestrator_client.http_answers import retry_after_sec
-from orchestrator_client.http_link import HttpCall, HttpLink, HttpPolicy, _certificates, shown_url, with_patience
+from orchestrator_client.transfers.downloads import next_place
+from orchestrator_client.transfers.http_answers import retry_after_sec
+from orchestrator_client.transfers.http_link import (
+    HttpCall,
+    HttpLink,
+    HttpPolicy,
+    _certificates,
+    shown_url,
+    with_patience,
+)
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -164,8 +171,8 @@ def test_the_wrong_address_of_a_policy_is_named():
 
 def test_httpx_is_imported_at_the_first_request_only():
     code = (
-        "import sys, orchestrator_client.uploads, orchestrator_client.downloads as d; "
-        "from orchestrator_client.http_link import *; link = HttpLink(HttpPolicy(base_url='http://h')); "
+        "import sys, orchestrator_client.transfers.uploads, orchestrator_client.transfers.downloads as d; "
+        "from orchestrator_client.transfers.http_link import *; link = HttpLink(HttpPolicy(base_url='http://h')); "
         "link.check_url('http://h/x', what='x'); "
         "assert not {'httpx', 'httpcore', 'h11'} & sys.modules.keys(), 'too early'"
     )
@@ -275,8 +282,8 @@ async def test_patience_waits_as_asked_and_tells():
 
 
 async def test_pauses_double_with_jitter(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("orchestrator_client.patience._FIRST_PAUSE_SEC", 0.02)
-    monkeypatch.setattr("orchestrator_client.patience._LONGEST_PAUSE_SEC", 0.05)
+    monkeypatch.setattr("orchestrator_client.transfers.patience._FIRST_PAUSE_SEC", 0.02)
+    monkeypatch.setattr("orchestrator_client.transfers.patience._LONGEST_PAUSE_SEC", 0.05)
     pauses: list[float] = []
     await with_patience(Attempts(*[TransferError("x")] * 4), 60, lambda _error, pause: pauses.append(pause))
     for pause, longest in zip(pauses, (0.02, 0.04, 0.05, 0.05), strict=True):

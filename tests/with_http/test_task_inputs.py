@@ -23,7 +23,7 @@ from executors.catalog import CatalogEntry
 from executors.child_messages import ChildTask, RunTask
 from executors.contract import Failure
 from executors.input_spec import AdapterEntry, CheckpointLoad, InputRequest, JsonlSource
-from orchestrator_client.http_link import HttpLink, HttpPolicy
+from orchestrator_client.transfers.http_link import HttpLink, HttpPolicy
 from worker.input_cache import InputCache
 from worker.settings import Settings
 from worker.task_inputs import InputProgress, TaskInputs

@@ -20,7 +20,7 @@ from executors import catalog
 from orchestrator_client.broker_probe import BrokerReport, probe_broker
 from orchestrator_client.connection import redacted
 from orchestrator_client.errors import WireError
-from orchestrator_client.http_link import HttpLink, shown_url
+from orchestrator_client.transfers.http_link import HttpLink, shown_url
 from worker.destinations import http_policy
 from worker.gpu_facts import GpuReader
 from worker.settings import (

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from executors.contract import JsonObject
-from orchestrator_client.http_link import HttpLink
 from orchestrator_client.messages import TaskEnvelope
+from orchestrator_client.transfers.http_link import HttpLink
 from worker.destinations import http_policy
 from worker.settings import Settings
 from worker.task_preparation import RejectedError, TaskPreparation

@@ -21,10 +21,10 @@ import psutil
 import pytest
 from waiting_until import wait_until
 
-from orchestrator_client import archive_writer
-from orchestrator_client.archive_children import ChildProcess
-from orchestrator_client.archive_wiring import Sink
-from orchestrator_client.archive_writer import ArchiveTools, remove_leftovers, write_archive
+from orchestrator_client.archives import archive_writer
+from orchestrator_client.archives.archive_children import ChildProcess
+from orchestrator_client.archives.archive_wiring import Sink
+from orchestrator_client.archives.archive_writer import ArchiveTools, remove_leftovers, write_archive
 from orchestrator_client.errors import ArchiveError
 
 REPO: Final = Path(__file__).resolve().parents[3]
@@ -270,7 +270,7 @@ SCRIPT: Final = """
 import asyncio, json, resource, shutil, sys
 from pathlib import Path
 from types import SimpleNamespace
-from orchestrator_client.archive_writer import ArchiveTools, write_archive
+from orchestrator_client.archives.archive_writer import ArchiveTools, write_archive
 limit, tools = json.loads(sys.argv[2])
 shutil.disk_usage = lambda _path: SimpleNamespace(free=2**60)
 if limit:

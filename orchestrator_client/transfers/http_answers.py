@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urljoin
 
 from orchestrator_client.errors import RefusedError, TransferError
-from orchestrator_client.web_addresses import shown_url
+from orchestrator_client.transfers.web_addresses import shown_url
 
 if TYPE_CHECKING:
     import httpx
 
-    from orchestrator_client.http_link import HttpCall
+    from orchestrator_client.transfers.http_link import HttpCall
 
 REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 LOCATION: Final = "location"

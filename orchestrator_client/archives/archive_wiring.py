@@ -11,8 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from orchestrator_client.archive_choice import MOST_ISAL_THREADS, Choice
-from orchestrator_client.archive_content import Content, tar_stream
+from orchestrator_client.archives.archive_choice import MOST_ISAL_THREADS, Choice
+from orchestrator_client.archives.archive_content import Content, tar_stream
 from orchestrator_client.errors import ArchiveError
 
 if TYPE_CHECKING:

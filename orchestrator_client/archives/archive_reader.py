@@ -17,14 +17,19 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from orchestrator_client.archive_reader_formats import ArchiveFormat, UnpackLimits, choose_format, looks_like_archive
-from orchestrator_client.archive_unpacking import remove_leftovers
+from orchestrator_client.archives.archive_reader_formats import (
+    ArchiveFormat,
+    UnpackLimits,
+    choose_format,
+    looks_like_archive,
+)
+from orchestrator_client.archives.archive_unpacking import remove_leftovers
 from orchestrator_client.errors import ArchiveError, UnsafeArchiveError
 
 __all__ = ["ArchiveFormat", "UnpackLimits", "content_root", "looks_like_archive", "unpack"]
 
-_CHILD: Final = "orchestrator_client.archive_reader_child"
-_PACKAGES: Final = Path(__file__).resolve().parents[1]
+_CHILD: Final = "orchestrator_client.archives.archive_reader_child"
+_PACKAGES: Final = Path(__file__).resolve().parents[2]
 _ENVIRONMENT: Final = {"PATH": os.defpath, "LC_ALL": "C.UTF-8"}
 """Nothing of ours: secrets are nobody's, and PYTHON* variables would change what runs."""
 _DEFAULT_LIMITS: Final = UnpackLimits()

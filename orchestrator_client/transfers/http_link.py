@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Final
 
 from pydantic import SecretStr
 
-from orchestrator_client.bandwidth import Bandwidth
 from orchestrator_client.errors import AddressError, RefusedError, TransferError
-from orchestrator_client.http_answers import LOCATION
-from orchestrator_client.patience import with_patience
-from orchestrator_client.web_addresses import Origin, is_allowed, read_address, shown_url, without_secrets
+from orchestrator_client.transfers.bandwidth import Bandwidth
+from orchestrator_client.transfers.http_answers import LOCATION
+from orchestrator_client.transfers.patience import with_patience
+from orchestrator_client.transfers.web_addresses import Origin, is_allowed, read_address, shown_url, without_secrets
 
 if TYPE_CHECKING:
     import httpx
@@ -250,7 +250,7 @@ class HttpLink:
 def _new_client() -> httpx.AsyncClient:
     import httpx  # noqa: PLC0415 - the daemon starts without it
 
-    from orchestrator_client.listening_stream import listen_while_sending  # noqa: PLC0415 - imports httpcore
+    from orchestrator_client.transfers.listening_stream import listen_while_sending  # noqa: PLC0415 - imports httpcore
 
     for name in ("httpx", "httpcore"):
         # They log whole URLs, queries included, and at DEBUG the peer's headers.

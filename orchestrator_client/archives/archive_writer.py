@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from orchestrator_client.archive_children import ChildProcess, find_program, make_pipe
-from orchestrator_client.archive_choice import Choice, choose
-from orchestrator_client.archive_content import Content, name_list, scan, tar_command
-from orchestrator_client.archive_wiring import Sink, TarThread, compress_in_process, copy
+from orchestrator_client.archives.archive_children import ChildProcess, find_program, make_pipe
+from orchestrator_client.archives.archive_choice import Choice, choose
+from orchestrator_client.archives.archive_content import Content, name_list, scan, tar_command
+from orchestrator_client.archives.archive_wiring import Sink, TarThread, compress_in_process, copy
 from orchestrator_client.errors import ArchiveError
 
 _TICK_SEC: Final = 0.3

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from orchestrator_client.archive_content import Content
+from orchestrator_client.archives.archive_content import Content
 from orchestrator_client.errors import ArchiveError
 
 SAMPLED_FROM_BYTES: Final = 32 * 1024**2

@@ -10,8 +10,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 
-from orchestrator_client.bandwidth import Bandwidth
 from orchestrator_client.errors import TransferError
+from orchestrator_client.transfers.bandwidth import Bandwidth
 
 _FIRST_PIECE: Final = 256 * 1024
 _LARGEST_PIECE: Final = 2 * 1024**2

@@ -1,4 +1,4 @@
-"""The process that unpacks one archive: python -m orchestrator_client.archive_reader_child.
+"""The process that unpacks one archive: python -m orchestrator_client.archives.archive_reader_child.
 
 It is asked with one JSON line on stdin, and answers with one on stdout. It ends when stdin closes: then the process
 that asked is gone. Whatever a library does with hostile bytes, it cannot take more memory than `MEMORY_BYTES`.
@@ -15,8 +15,8 @@ import threading
 from pathlib import Path
 from typing import Final
 
-from orchestrator_client.archive_reader_formats import UnpackLimits
-from orchestrator_client.archive_unpacking import unpack_here
+from orchestrator_client.archives.archive_reader_formats import UnpackLimits
+from orchestrator_client.archives.archive_unpacking import unpack_here
 from orchestrator_client.errors import ArchiveError, UnsafeArchiveError
 
 MEMORY_BYTES: Final = 1024**3

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from orchestrator_client.archive_reader_formats import RATIO_FREE_BYTES, UnpackLimits
+from orchestrator_client.archives.archive_reader_formats import RATIO_FREE_BYTES, UnpackLimits
 from orchestrator_client.errors import UnsafeArchiveError
 
 _LONGEST_PART: Final = 255

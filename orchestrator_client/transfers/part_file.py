@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 from typing import Final
 
-from orchestrator_client.file_body import finished_in_thread
+from orchestrator_client.transfers.file_body import finished_in_thread
 
 _BLOCK: Final = 1024**2
 _LONGEST_STEM: Final = 180

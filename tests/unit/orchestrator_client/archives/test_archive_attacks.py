@@ -22,9 +22,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator_client import archive_reader_folder
-from orchestrator_client.archive_reader import UnpackLimits, unpack
-from orchestrator_client.archive_unpacking import unpack_here
+from orchestrator_client.archives import archive_reader_folder
+from orchestrator_client.archives.archive_reader import UnpackLimits, unpack
+from orchestrator_client.archives.archive_unpacking import unpack_here
 from orchestrator_client.errors import ArchiveError, UnsafeArchiveError
 
 SECRET = "do not touch"

@@ -16,10 +16,10 @@ from pydantic import JsonValue
 from pydantic_core import to_json
 
 from orchestrator_client.errors import RefusedError, TransferError
-from orchestrator_client.file_body import FileBody, opened
-from orchestrator_client.http_answers import REDIRECTS, failure
-from orchestrator_client.http_link import HttpCall, HttpLink, Target
-from orchestrator_client.web_addresses import extended, read_address
+from orchestrator_client.transfers.file_body import FileBody, opened
+from orchestrator_client.transfers.http_answers import REDIRECTS, failure
+from orchestrator_client.transfers.http_link import HttpCall, HttpLink, Target
+from orchestrator_client.transfers.web_addresses import extended, read_address
 
 if TYPE_CHECKING:
     import httpx
@@ -110,7 +110,7 @@ async def upload_file(  # noqa: PLR0913, PLR0917 - what, where to, under which n
         on_progress: hears bytes sent and bytes in all; often, on the loop.
 
     Returns:
-        The URL from which it can be downloaded, without userinfo.
+        The URL from which it can be downloaded, without userinfo and query.
 
     Raises:
         TransferError: it did not work; another attempt may.
@@ -140,7 +140,7 @@ async def upload_file(  # noqa: PLR0913, PLR0917 - what, where to, under which n
 
 
 def file_url(target: Target, task_id: str, name: str) -> str:
-    """Where an uploaded file can be downloaded (WIRE 6): without userinfo, with the query of the target.
+    """Where an uploaded file can be downloaded (WIRE 6): without userinfo and query, which may be secrets.
 
     Raises:
         ValueError: a name that no orchestrator takes.
@@ -148,7 +148,8 @@ def file_url(target: Target, task_id: str, name: str) -> str:
     """
     if not _NAME.fullmatch(name) or name in {".", ".."}:
         raise ValueError(f"{name!r} is no name for an uploaded file: expected letters, digits, '.', '_' and '-'")
-    return extended(read_address(target.url, what="the URL").url, f"/{quote(task_id, safe='')}/files/{name}")
+    place = read_address(target.url, what="the URL").url.partition("?")[0]
+    return extended(place, f"/{quote(task_id, safe='')}/files/{name}")
 
 
 async def _send(link: HttpLink, call: HttpCall, body: FileBody, stall_sec: float) -> None:

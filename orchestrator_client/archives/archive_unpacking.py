@@ -21,8 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Protocol, cast
 
-from orchestrator_client.archive_reader_folder import Allowance, ConfinedFolder, fsync, refusal, shown
-from orchestrator_client.archive_reader_formats import ArchiveFormat, ContentFormat, UnpackLimits, choose_format
+from orchestrator_client.archives.archive_reader_folder import Allowance, ConfinedFolder, fsync, refusal, shown
+from orchestrator_client.archives.archive_reader_formats import (
+    ArchiveFormat,
+    ContentFormat,
+    UnpackLimits,
+    choose_format,
+)
 from orchestrator_client.errors import ArchiveError, UnsafeArchiveError, WireError
 
 _CHUNK: Final = 1024**2

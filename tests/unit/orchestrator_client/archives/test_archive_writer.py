@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator_client.archive_choice import SAMPLED_FROM_BYTES
-from orchestrator_client.archive_writer import ArchiveFacts, ArchiveTools, write_archive
+from orchestrator_client.archives.archive_choice import SAMPLED_FROM_BYTES
+from orchestrator_client.archives.archive_writer import ArchiveFacts, ArchiveTools, write_archive
 from orchestrator_client.errors import ArchiveError
 
 MIB = 1024**2

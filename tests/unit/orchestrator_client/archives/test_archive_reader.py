@@ -20,9 +20,15 @@ import psutil
 import pytest
 from waiting_until import wait_until
 
-from orchestrator_client import archive_reader, archive_reader_folder, archive_unpacking
-from orchestrator_client.archive_reader import ArchiveFormat, UnpackLimits, content_root, looks_like_archive, unpack
-from orchestrator_client.archive_unpacking import unpack_here
+from orchestrator_client.archives import archive_reader, archive_reader_folder, archive_unpacking
+from orchestrator_client.archives.archive_reader import (
+    ArchiveFormat,
+    UnpackLimits,
+    content_root,
+    looks_like_archive,
+    unpack,
+)
+from orchestrator_client.archives.archive_unpacking import unpack_here
 from orchestrator_client.errors import ArchiveError, UnsafeArchiveError
 
 REPO = Path(__file__).resolve().parents[3]
@@ -323,7 +329,7 @@ def test_a_killed_parent_takes_the_process_with_it(tmp_path: Path):
     script = f"""
         import asyncio
         from pathlib import Path
-        from orchestrator_client.archive_reader import unpack
+        from orchestrator_client.archives.archive_reader import unpack
         asyncio.run(unpack(Path({str(archive)!r}), Path({str(tmp_path / "out")!r})))
     """
     parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], cwd=REPO)

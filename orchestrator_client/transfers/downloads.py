@@ -13,11 +13,11 @@ from urllib.parse import unquote, urljoin, urlsplit
 import stamina
 
 from orchestrator_client.errors import RefusedError, TransferError
-from orchestrator_client.http_answers import LOCATION, REDIRECTS, failure, shown_place
-from orchestrator_client.http_link import HttpCall, HttpLink
-from orchestrator_client.part_file import PartFile
-from orchestrator_client.patience import Patience
-from orchestrator_client.web_addresses import WebAddress, read_address, shown_url
+from orchestrator_client.transfers.http_answers import LOCATION, REDIRECTS, failure, shown_place
+from orchestrator_client.transfers.http_link import HttpCall, HttpLink
+from orchestrator_client.transfers.part_file import PartFile
+from orchestrator_client.transfers.patience import Patience
+from orchestrator_client.transfers.web_addresses import WebAddress, read_address, shown_url
 
 if TYPE_CHECKING:
     import httpx

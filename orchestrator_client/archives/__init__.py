@@ -1,0 +1,1 @@
+"""Model archives: written deterministically, read with suspicion."""

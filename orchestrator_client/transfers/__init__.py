@@ -1,0 +1,1 @@
+"""HTTP: sending results and files, fetching inputs."""
