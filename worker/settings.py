@@ -212,7 +212,9 @@ class Settings(BrokerSettings):
         description="Room for fetched files in RESULTS_DIR/.cache; those unused for longest go first.",
     )  # fmt: skip
     model_archive_use_pigz: Switch = Field(
-        default=True, description="Off: compress model archives in process, never with pigz."
+        default=True,
+        description="Off: model archives are compressed in process, never with pigz. On: with pigz if a level is set; "
+        "else where samples of the data say that it is worth its time.",
     )
     model_archive_compression_level: Annotated[int | None, BeforeValidator(_compression)] = Field(
         default=None,
