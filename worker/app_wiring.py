@@ -17,6 +17,7 @@ from orchestrator_client.connection import DISCONNECTED, batch_client, check_acc
 from orchestrator_client.subscriber import Subscriber
 from orchestrator_client.transfers.http_link import HttpLink
 from worker import exit_codes
+from worker.delivery_steps import DeliveryParts
 from worker.destinations import http_policy
 from worker.engine_pool import EnginePool
 from worker.engine_process import EngineSetup
@@ -27,7 +28,7 @@ from worker.input_cache import InputCache
 from worker.process_tree import adopt_orphans, end_everything
 from worker.progress_news import ProgressNews
 from worker.settings import Settings
-from worker.task_delivery import DeliveryParts, TaskDelivery
+from worker.task_delivery import TaskDelivery
 from worker.task_ending import TaskEnding
 from worker.task_inputs import TaskInputs
 from worker.task_intake import IntakeParts, TaskIntake
@@ -132,7 +133,7 @@ class Daemon:
         news = ProgressNews(worker_id, self._publisher)
         ending = TaskEnding(worker_id, self._journal, self._publisher, turnaround_sec, presence.job_completed)
         delivery = self._delivery = TaskDelivery(
-            DeliveryParts(self._settings, worker_id, self._link, self._journal, self._publisher, news, ending)
+            DeliveryParts(self._settings, worker_id, self._link, self._journal, self._publisher, news), ending
         )
         runner = TaskRunner(
             RunnerParts(

@@ -65,19 +65,29 @@ def write_package_keys(job: DeliveryJob) -> None:
 
 
 def clean_up(job: DeliveryJob) -> None:
-    """Delete folders that were uploaded, their archives, and checkpoints (MODEL_CLEANUP_AFTER_UPLOAD, WIRE 7)."""
+    """Delete folders that were uploaded, their archives, and checkpoints (MODEL_CLEANUP_AFTER_UPLOAD, WIRE 7).
+
+    Raises:
+        LostError: a result is gone.
+        OSError: a manifest cannot be written anew.
+    """
     for posting in job.plan.postings:
         if posting.destination is None:
             continue
         packages = _packages_of(job, posting)
+        going = [posting.folder / _CHECKPOINTS]
         for package, state in packages:
             if package.kind == "folder":
                 path = posting.folder / package.path
+                going += [path, path.with_name(state.name)]
+        there = [path for path in going if path.exists()]
+        for path in there:
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
+            else:
                 with contextlib.suppress(OSError):
-                    path.with_name(state.name).unlink()
-        shutil.rmtree(posting.folder / _CHECKPOINTS, ignore_errors=True)
-        if packages:
+                    path.unlink()
+        if there:
             _write(posting, _read(posting), packages)  # the manifest must not name what is gone
 
 
@@ -93,8 +103,8 @@ def _read(posting: Posting) -> JsonObject:
     path = posting.folder / RESULT_FILE
     try:
         whole: JsonObject = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise LostError(f"{path} is not there any more") from error
+    except (FileNotFoundError, ValueError) as error:
+        raise LostError(f"{path} is gone or damaged") from error
     inner = whole.get(RESULT_KEY)
     return inner if posting.destination is None and isinstance(inner, dict) else whole
 

@@ -134,6 +134,7 @@ class DeliveryJob:
         since: when it began, seconds since the epoch; its patience counts from here, also across restarts.
         received: when the task came, on the monotonic clock; 0 when an earlier life received it.
         redirected: whether its plan has changed since the journal got it.
+        resumed: whether an earlier life of the worker began it.
     """
 
     plan: DeliveryPlan
@@ -141,11 +142,15 @@ class DeliveryJob:
     since: float = field(default_factory=time.time)
     received: float = 0.0
     redirected: bool = False
+    resumed: bool = False
 
     def send_to(self, destination: Destination | None) -> None:
         """Send the results elsewhere: the task came again and names another destination."""
         if destination is not None:
-            postings = tuple(each.model_copy(update={"destination": destination}) for each in self.plan.postings)
+            postings = tuple(
+                each.model_copy(update={"destination": destination}) if each.destination is not None else each
+                for each in self.plan.postings
+            )
             self.plan = self.plan.model_copy(update={"postings": postings})
             self.redirected = True
 

@@ -6,7 +6,8 @@
 | TASK_STARTED, progress, status | are dropped: a final event or the next heartbeat says more |
 
 A final event is published by a script that first looks whether that dispatch has been announced already, so that a
-repeat after a lost connection or a crash stays silent: exactly one final event for each dispatch.
+repeat after a lost connection or a crash stays silent: exactly one final event for each dispatch. Tuning managers are
+told once, too, whether or not an orchestrator listens.
 """
 
 from __future__ import annotations
@@ -39,9 +40,12 @@ _COMMANDS_PER_END: Final = 3
 
 _ANNOUNCE: Final = """
 if redis.call('HGET', KEYS[1], 'announced') == ARGV[1] then return -1 end
+if redis.call('HGET', KEYS[1], 'told') ~= ARGV[1] and redis.call('PUBLISH', ARGV[5], ARGV[6]) > 0 then
+  redis.call('HSET', KEYS[1], 'told', ARGV[1])
+  redis.call('EXPIRE', KEYS[1], ARGV[4])
+end
 local heard = redis.call('PUBLISH', ARGV[2], ARGV[3])
 if heard > 0 then
-  redis.call('PUBLISH', ARGV[5], ARGV[6])
   redis.call('HSET', KEYS[1], 'announced', ARGV[1])
   redis.call('EXPIRE', KEYS[1], ARGV[4])
 end

@@ -46,12 +46,14 @@ class Arrival:
         received_at: seconds since the epoch.
         work: digest of what is to be computed; empty when its result stays here. A result that could not be delivered
             serves a later dispatch of equal work.
+        refused: whether it cannot run here, so that an earlier result that was not delivered stays.
     """
 
     task_id: str
     envelope: bytes
     received_at: float
     work: str = ""
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,14 @@ class Acceptance:
         known: the state in which the task was already, or None if it is to be run now.
         final_event: the event that ended it, when it has ended before.
         undelivered: the finished work that was not delivered before; it is to be delivered now, and not run.
+        keeps_result: whether an earlier result that was not delivered stays beside a refused dispatch.
     """
 
     dispatch: str
     known: State | None
     final_event: bytes | None = None
     undelivered: StoredDelivery | None = None
+    keeps_result: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,14 +129,28 @@ def accept(db: sqlite3.Connection, arrival: Arrival) -> Acceptance:
         same = db.execute("SELECT 1 FROM deliveries WHERE task_id = ? AND work = ?", (task_id, arrival.work)).fetchone()
         if same is not None and (stored := reopen(db, task_id)) is not None:
             return Acceptance(stored.dispatch, None, undelivered=stored)
-    db.execute("DELETE FROM deliveries WHERE task_id = ?", (task_id,))
+    keeps_result = False
+    if arrival.refused:
+        kept = db.execute("SELECT 1 FROM deliveries WHERE task_id = ?", (task_id,)).fetchone()
+        keeps_result = kept is not None
+    else:
+        db.execute("DELETE FROM deliveries WHERE task_id = ?", (task_id,))
     dispatch = uuid.uuid4().hex
     db.execute(
         "INSERT OR REPLACE INTO tasks (task_id, dispatch, state, envelope, received_at) "
         "VALUES (?, ?, 'accepted', ?, ?)",
         (task_id, dispatch, arrival.envelope, arrival.received_at),
     )
-    return Acceptance(dispatch, None)
+    return Acceptance(dispatch, None, keeps_result=keeps_result)
+
+
+def drop_delivery(db: sqlite3.Connection, task_id: str) -> None:
+    """Forget a delivery that nobody can carry out; its task counts as failed."""
+    db.execute("DELETE FROM deliveries WHERE task_id = ?", (task_id,))
+    db.execute(
+        "UPDATE tasks SET state = 'failed', ended_at = ? WHERE task_id = ? AND state = 'delivering'",
+        (time.time(), task_id),
+    )
 
 
 def reopen(db: sqlite3.Connection, task_id: str) -> StoredDelivery | None:
@@ -158,6 +176,8 @@ def store_delivery(db: sqlite3.Connection, delivery: StoredDelivery) -> None:
 
 
 def end(db: sqlite3.Connection, ends: list[tuple[OwedEvent, State]]) -> list[int]:
+    # Only one that nobody could hear so far is left of an earlier dispatch; said late, it would undo this one.
+    db.executemany("DELETE FROM owed WHERE task_id = ?", [(owed.task_id,) for owed, _ in ends])
     db.executemany(
         "UPDATE tasks SET state = ?, ended_at = ?, final_event = ?, envelope = NULL WHERE task_id = ?",
         [(state, time.time(), owed.event, owed.task_id) for owed, state in ends],

@@ -16,6 +16,8 @@ from worker.task_record import Outcome, Success, TaskRecord, error_text
 
 _SENDABLE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 """What an orchestrator takes for a file's name (WIRE 6)."""
+ARCHIVE_SUFFIX: Final = ".tar.gz"
+_MOST_SHOWN: Final = 200
 
 
 def results_of(
@@ -67,25 +69,38 @@ def _paths(artifacts: tuple[Artifact, ...], folder: Path) -> JsonObject:
 
 def artifact_fault(outcome: Success, folder: Path, child_folders: dict[str, Folder]) -> Failure | None:
     """What is wrong with the artifacts that an executor named; None if nothing is."""
-    named = [(folder, artifact) for artifact in outcome.output.artifacts]
+    named = [(folder, outcome.output.artifacts)]
     for child_id, child in child_folders.items():
         output = outcome.output.children.get(child_id)
-        named += [(child.path, artifact) for artifact in output.artifacts] if output is not None else []
-    for parent, artifact in named:
-        path = parent / artifact.path
-        resolved, root = path.resolve(), parent.resolve()
-        problem = ""
-        if resolved == root or not resolved.is_relative_to(root):
-            problem = "lies outside the task's folder"
-        elif not (resolved.is_dir() if artifact.kind == "folder" else resolved.is_file()):
-            problem = f"is no {artifact.kind}, or is not there"
-        elif not _SENDABLE.fullmatch(path.name):
-            problem = "has a name that cannot be sent: expected letters, digits, '.', '-' and '_'"
-        if problem:
-            return Failure(
-                reason="executor_error", message=f"the executor names the artifact {artifact.path!r}, which {problem}"
-            )
+        if output is not None:
+            named.append((child.path, output.artifacts))
+    for parent, artifacts in named:
+        sent: set[str] = set()
+        for artifact in artifacts:
+            name = Path(artifact.path).name + (ARCHIVE_SUFFIX if artifact.kind == "folder" else "")
+            problem = _problem(artifact, parent, name)
+            if not problem and name in sent:
+                problem = f"would be sent as {name!r}, like another one"
+            sent.add(name)
+            if problem:
+                text = f"the executor names the artifact {artifact.path[:_MOST_SHOWN]!r}, which {problem}"
+                return Failure(reason="executor_error", message=text)
     return None
+
+
+def _problem(artifact: Artifact, parent: Path, name: str) -> str:
+    """What is wrong with one artifact; empty if nothing is."""
+    try:
+        resolved, root = (parent / artifact.path).resolve(), parent.resolve()
+        if resolved == root or not resolved.is_relative_to(root):
+            return "lies outside the task's folder"
+        if not (resolved.is_dir() if artifact.kind == "folder" else resolved.is_file()):
+            return f"is no {artifact.kind}, or is not there"
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null character, a loop of links
+        return f"cannot be looked up: {error}"
+    if not _SENDABLE.fullmatch(name):
+        return "has a name that cannot be sent: expected letters, digits, '.', '-' and '_'"
+    return ""
 
 
 def failed_result(task_id: str, failure: Failure) -> JsonObject:

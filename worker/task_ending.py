@@ -10,12 +10,14 @@ import asyncio
 import errno
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Final
 
 import structlog
 
 from executors.contract import Artifact, Failure, JsonObject
+from orchestrator_client.messages import TaskEvent
 from worker.delivery_plan import DeliveryJob, DeliveryPlan, DeliveryProgress, Package, Posting
 from worker.event_publisher import EventPublisher
 from worker.journal_tables import OwedEvent, State, StoredDelivery
@@ -89,6 +91,8 @@ class TaskEnding:
         self._on_announced = on_announced
         self._waiting: list[_Waiting] = []
         self._writing: asyncio.Task[None] | None = None
+        # Of its own: lookups of names, digests and the like must not keep a task's end waiting.
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="results")
 
     async def record(
         self, record: TaskRecord, outcome: Outcome, folder: Folder, prepared: PreparedTask | None
@@ -104,6 +108,19 @@ class TaskEnding:
             self._writing = asyncio.create_task(self._write_waiting())
         return await ended
 
+    async def give_up(self, task_id: str, dispatch: str, failure: Failure) -> EndedTask:
+        """Make the end of a task durable that cannot be ended as it should, because something of ours broke."""
+        event = TaskEvent(
+            type="TASK_FAILED",
+            task_id=task_id,
+            worker_id=self._worker_id,
+            error=failure.message,
+            payload={"reason": failure.reason, "hint": failure.hint, "retryable": failure.retryable},
+        )
+        fields = {"status": "FAILED", "error": failure.message, "reason": failure.reason, "hint": failure.hint}
+        owed = OwedEvent(NOT_IN_JOURNAL, task_id, dispatch, event.encode())
+        return await self._end_in_journal(EndedTask(owed, fields, 0.0, failure, {}), keep=False)
+
     async def conclude(self, job: DeliveryJob, failure: Failure | None, *, keep: bool = False) -> EndedTask:
         """Make the end of a delivery durable.
 
@@ -117,17 +134,22 @@ class TaskEnding:
         if failure is not None:
             told, fields = plan.failed_event(failure, error_text(failure))
             event = told.encode()
-        failed = failure is not None or plan.best_effort
+        if failure is None and plan.best_effort:
+            failure = Failure(reason="executor_error", message=fields.get("error", ""))
         owed = OwedEvent(NOT_IN_JOURNAL, plan.task_id, plan.dispatch, event)
+        facts: dict[str, str | float] = {"delivered_sec": round(time.time() - job.since, 3)}
+        return await self._end_in_journal(EndedTask(owed, fields, job.received, failure, facts), keep=keep)
+
+    async def _end_in_journal(self, ended: EndedTask, *, keep: bool) -> EndedTask:
         try:
-            number = await self._journal.end_delivery(owed, "failed" if failed else "succeeded", keep=keep)
-            owed = replace(owed, seq=number)
+            number = await self._journal.end_delivery(
+                ended.owed, "succeeded" if ended.failure is None else "failed", keep=keep
+            )
         except JournalError as error:
             text = "the end of a task is not in the journal"
-            log.error(text, action="journal", task_id=plan.task_id, error=str(error))
-        if failed and failure is None:
-            failure = Failure(reason="executor_error", message=fields.get("error", ""))
-        return EndedTask(owed, fields, job.received, failure, {"delivered_sec": round(time.time() - job.since, 3)})
+            log.error(text, action="journal", task_id=ended.owed.task_id, error=str(error))
+            return ended
+        return replace(ended, owed=replace(ended.owed, seq=number))
 
     async def announce(self, ended: EndedTask) -> None:
         """Say it, but not sooner than `min_turnaround_sec` after the receipt."""
@@ -144,19 +166,32 @@ class TaskEnding:
         self._on_announced(task_id, failure is None)
 
     async def _write_waiting(self) -> None:
+        loop = asyncio.get_running_loop()
         while self._waiting:
             batch, self._waiting = self._waiting[:_MOST_AT_ONCE], self._waiting[_MOST_AT_ONCE:]
             try:
-                faults = await asyncio.to_thread(_write, batch)
-                ends = await self._make_durable(
-                    [self._end(each, fault) for each, fault in zip(batch, faults, strict=True)]
-                )
+                faults = await loop.run_in_executor(self._disk, _write, batch)
+                ending = [
+                    (each, end)
+                    for each, fault in zip(batch, faults, strict=True)
+                    if (end := self._end_of(each, fault)) is not None
+                ]
+                durable = await self._make_durable([end for _, end in ending])
             except Exception as error:  # noqa: BLE001 - whoever waits gets it
                 for each in batch:
-                    each.ended.set_exception(error)
+                    if not each.ended.done():
+                        each.ended.set_exception(error)
             else:
-                for each, end in zip(batch, ends, strict=True):
+                for (each, _), end in zip(ending, durable, strict=True):
                     each.ended.set_result(end)
+
+    def _end_of(self, each: _Waiting, fault: Failure | None) -> EndedTask | DeliveryJob | None:
+        """One task's end; None if it broke, which only this task may feel."""
+        try:
+            return self._end(each, fault)
+        except Exception as error:  # noqa: BLE001 - whoever waits gets it
+            each.ended.set_exception(error)
+            return None
 
     def _end(self, each: _Waiting, fault: Failure | None) -> EndedTask | DeliveryJob:
         record, outcome, folder = each.record, each.outcome, each.folder
@@ -167,7 +202,7 @@ class TaskEnding:
         record.finish(outcome)
         event = record.final_event(self._worker_id, outcome, folder)
         fields = record.final_fields(outcome, folder)
-        if fault is None and each.prepared is not None:
+        if fault is None and not record.keeps_result:
             plan = _plan(each, event.encode().decode(), event.payload, fields)
             if plan is not None:
                 return DeliveryJob(plan, received=record.received)
@@ -262,21 +297,24 @@ def _packages(posting: Posting, artifacts: tuple[Artifact, ...]) -> tuple[Packag
 
 
 def _write(batch: list[_Waiting]) -> list[Failure | None]:
-    """Write all results of some tasks. Returns why each task's cannot be written."""
-    faults = [_artifact_fault(each) for each in batch]
+    """Write all results of some tasks. Returns why each task's cannot be written; one task's fault is its own."""
+    faults: list[Failure | None] = []
     results: list[ResultToWrite] = []
     owner: list[int] = []
-    for number, (each, fault) in enumerate(zip(batch, faults, strict=True)):
-        own = results_of(each.record, fault or each.outcome, each.folder, each.prepared)
-        results += own
-        owner += [number] * len(own)
-    errors: list[Exception | None] = [None] * len(batch)
-    for number, error in zip(owner, write_results(results), strict=True):
-        errors[number] = errors[number] or error
-    return [
-        fault if error is None else _unwritten(each.folder, error)
-        for each, fault, error in zip(batch, faults, errors, strict=True)
-    ]
+    for number, each in enumerate(batch):
+        try:
+            fault = _artifact_fault(each)
+            own = results_of(each.record, fault or each.outcome, each.folder, each.prepared)
+        except Exception as error:  # noqa: BLE001 - it becomes the task's failure
+            fault, own = _unwritten(each.folder, error), []
+        faults.append(fault)
+        if not each.record.keeps_result:
+            results += own
+            owner += [number] * len(own)
+    for number, trouble in zip(owner, write_results(results), strict=True):
+        if trouble is not None:
+            faults[number] = faults[number] or _unwritten(batch[number].folder, trouble)
+    return faults
 
 
 def _artifact_fault(each: _Waiting) -> Failure | None:

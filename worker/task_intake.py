@@ -34,8 +34,9 @@ from orchestrator_client.messages import (
     safe_task_id,
 )
 from orchestrator_client.validation_text import validation_text
+from worker.arrived_message import ArrivedMessage
 from worker.event_publisher import EventPublisher
-from worker.journal_tables import Acceptance, Arrival, OwedEvent
+from worker.journal_tables import Acceptance, OwedEvent, StoredDelivery
 from worker.task_delivery import TaskDelivery
 from worker.task_ending import job_of
 from worker.task_journal import JournalError, TaskJournal
@@ -44,8 +45,6 @@ from worker.task_record import TaskRecord
 from worker.task_runner import TaskRunner
 
 _MOST_AT_ONCE: Final = 256
-_KEEP_PREPARED_BYTES: Final = 64 * 1024
-"""Larger tasks are read from the journal again when their turn comes, so that a long queue needs little memory."""
 _MOST_STARTS: Final = 3
 """A task during whose run the daemon itself ended this often is not started again."""
 _LONGEST_ANSWERED_ID: Final = 1000
@@ -57,38 +56,6 @@ _FINISH_WITHIN_SEC: Final = 5.0
 _REMEMBER_CANCEL_SEC: Final = 60.0
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class _Message:
-    """A message that is ours. Exactly one of `prepared` and `failure` is set."""
-
-    task_id: str
-    kind: str
-    raw: bytes
-    received_at: float
-    received: float
-    dispatched_at: str | None
-    prepared: PreparedTask | None
-    failure: Failure | None
-    experiment_id: int | str | None = None
-
-    def wish(self) -> Arrival:
-        work = self.prepared.work if self.prepared is not None else ""
-        return Arrival(self.task_id, self.raw, self.received_at, work)
-
-    def record(self, acceptance: Acceptance) -> TaskRecord:
-        keep = len(self.raw) <= _KEEP_PREPARED_BYTES
-        return TaskRecord(
-            task_id=self.task_id,
-            dispatch=acceptance.dispatch,
-            kind=self.kind,
-            received_at=self.received_at,
-            received=self.received,
-            dispatched_at=self.dispatched_at,
-            prepared=self.prepared if keep else None,
-            experiment_id=self.experiment_id,
-        )
 
 
 @dataclass(frozen=True)
@@ -166,9 +133,9 @@ class TaskIntake:
             if task.starts >= _MOST_STARTS:
                 text = f"the worker ended {task.starts} times while this task ran; it is not started again"
                 failure = Failure(reason="worker_restarted", message=text, hint="look into worker.log on the worker")
-                self._parts.runner.reject(record, failure)
+                self._parts.runner.reject(record, failure, arrival.answer_folder)
             elif arrival.failure is not None:
-                self._parts.runner.reject(record, arrival.failure)
+                self._parts.runner.reject(record, arrival.failure, arrival.answer_folder)
             else:
                 self._parts.runner.enqueue(record)
 
@@ -177,7 +144,7 @@ class TaskIntake:
         self._inbox.append((raw, time.time(), time.monotonic()))
         self._arrived.set()
 
-    def _read(self, raw: bytes, received_at: float, received: float) -> _Message | None:
+    def _read(self, raw: bytes, received_at: float, received: float) -> ArrivedMessage | None:
         """Decode and check a message of ours; None when not even an answer can be addressed."""
         head = decode_head(raw)
         if len(raw) > self._parts.max_envelope_bytes:
@@ -190,7 +157,7 @@ class TaskIntake:
         except EnvelopeError as error:
             return self._malformed(error, raw, received_at, received)
         prepared, failure = self._prepare(envelope)
-        return _Message(
+        return ArrivedMessage(
             envelope.task_id,
             envelope.kind,
             raw,
@@ -200,6 +167,7 @@ class TaskIntake:
             prepared,
             failure,
             envelope.experiment_id,
+            self._parts.preparation.answer_folder(envelope) if failure is not None else None,
         )
 
     def _prepare(self, envelope: TaskEnvelope) -> tuple[PreparedTask | None, Failure | None]:
@@ -212,7 +180,9 @@ class TaskIntake:
             text = f"the executor of {envelope.kind!r} cannot read this spec: {type(error).__name__}: {error}"
             return None, Failure(reason="executor_error", message=text, hint="see worker.log on the worker")
 
-    def _malformed(self, error: EnvelopeError, raw: bytes, received_at: float, received: float) -> _Message | None:
+    def _malformed(
+        self, error: EnvelopeError, raw: bytes, received_at: float, received: float
+    ) -> ArrivedMessage | None:
         """Answer a message of ours that is no valid task, if its id can be read."""
         self._count_malformed(error)
         failure = Failure(reason="bad_spec", message=str(error), hint="correct the task and send it again")
@@ -223,7 +193,7 @@ class TaskIntake:
             return None
         empty = b'{"task_id":"%s","task":{"spec":{}}}' % error.task_id.encode()
         kept = raw if len(raw) <= self._parts.max_envelope_bytes else empty
-        return _Message(error.task_id, "", kept, received_at, received, None, None, failure)
+        return ArrivedMessage(error.task_id, "", kept, received_at, received, None, None, failure)
 
     async def _refuse(self, task_id: str, failure: Failure, received: float) -> None:
         """Answer a task whose id must not become a path: an event, and nothing else."""
@@ -236,7 +206,7 @@ class TaskIntake:
         )
         await self._owe(task_id, event.encode(), received)
 
-    async def _accept(self, arrivals: list[_Message]) -> None:
+    async def _accept(self, arrivals: list[ArrivedMessage]) -> None:
         if not arrivals:
             return
         try:
@@ -248,30 +218,59 @@ class TaskIntake:
             return
         for arrival, answer in zip(arrivals, answers, strict=True):
             if answer.known is None:
-                self._hand_over(arrival, answer)
+                await self._hand_over(arrival, answer)
             elif answer.known == "succeeded":
                 await self._answer_again(arrival, answer)
-            else:
+            elif not (answer.known == "delivering" and self._redirected(arrival)):
                 log.info("already accepted; dispatched again", action="duplicate", task_id=arrival.task_id)
 
-    def _hand_over(self, arrival: _Message, acceptance: Acceptance) -> None:
+    async def _hand_over(self, arrival: ArrivedMessage, acceptance: Acceptance) -> None:
         record = arrival.record(acceptance)
         log.debug("task accepted", action="accept", task_id=arrival.task_id, task_type=arrival.kind)
         if arrival.failure is not None:
-            self._parts.runner.reject(record, arrival.failure)
+            self._parts.runner.reject(record, arrival.failure, arrival.answer_folder)
             return
         if acceptance.undelivered is not None and arrival.prepared is not None:
-            log.info("done before, but not delivered; delivering it now", action="duplicate", task_id=arrival.task_id)
-            job = job_of(acceptance.undelivered)
-            job.send_to(arrival.prepared.folder.destination)
-            job.received = arrival.received
-            self._parts.runner.deliver(record, job)
-            return
-        self._parts.runner.enqueue(record)
+            await self._deliver_instead(arrival, record, acceptance.undelivered)
+        else:
+            self._parts.runner.enqueue(record)
         if self._cancelled.pop(arrival.task_id, None) is not None:
             self._parts.runner.cancel(arrival.task_id)
 
-    async def _answer_again(self, arrival: _Message, answer: Acceptance) -> None:
+    async def _deliver_instead(self, arrival: ArrivedMessage, record: TaskRecord, undelivered: StoredDelivery) -> None:
+        """A task comes again whose result is here: only its delivery failed before."""
+        assert arrival.prepared is not None  # noqa: S101 - the caller has looked
+        try:
+            job = job_of(undelivered)
+        except ValidationError as error:
+            log.error(
+                "a kept result cannot be read, another version wrote it; running the task again",
+                action="duplicate", task_id=arrival.task_id, error=str(error),
+            )  # fmt: skip
+            await self._run_after_all(arrival)
+            return
+        log.info("done before, but not delivered; delivering it now", action="duplicate", task_id=arrival.task_id)
+        job.send_to(arrival.prepared.folder.destination)
+        job.received = arrival.received
+        self._parts.runner.deliver(record, job)
+
+    async def _run_after_all(self, arrival: ArrivedMessage) -> None:
+        try:
+            await self._parts.journal.drop_delivery(arrival.task_id)
+        except JournalError as error:
+            log.error("cannot accept a task", action="accept", task_id=arrival.task_id, error=str(error))
+            self._say_not_accepted(arrival, error)
+        else:
+            await self._accept([arrival])
+
+    def _redirected(self, arrival: ArrivedMessage) -> bool:
+        """The task comes again while its result is being sent: to where this dispatch wants it, if that is another."""
+        prepared = arrival.prepared
+        if prepared is None or prepared.folder.destination is None:
+            return False
+        return self._parts.delivery.redirect(arrival.task_id, prepared.work, prepared.folder.destination)
+
+    async def _answer_again(self, arrival: ArrivedMessage, answer: Acceptance) -> None:
         """A task that succeeded here comes again: the event was lost. Say it again, unless the result is gone."""
         event = answer.final_event or b""
         if not _result_exists(event):
@@ -299,7 +298,7 @@ class TaskIntake:
         finally:
             self._parts.runner.expect(-1)
 
-    def _say_not_accepted(self, arrival: _Message, error: JournalError) -> None:
+    def _say_not_accepted(self, arrival: ArrivedMessage, error: JournalError) -> None:
         """Nothing can be made durable: say so at once, so that the task goes elsewhere."""
         event = TaskEvent(
             type="TASK_FAILED",

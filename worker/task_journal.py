@@ -115,6 +115,10 @@ class TaskJournal:
         """Begin a failed delivery again as a dispatch of its own; None if there is none."""
         return await self._do(lambda db: journal_tables.reopen(db, task_id))
 
+    async def drop_delivery(self, task_id: str) -> None:
+        """Forget a delivery that nobody can carry out; its task counts as failed."""
+        await self._do(lambda db: journal_tables.drop_delivery(db, task_id))
+
     async def owe(self, task_id: str, event: bytes) -> tuple[int, str]:
         """Record an event that is owed outside a task's normal life. Returns its number and token."""
         token = uuid.uuid4().hex

@@ -216,6 +216,16 @@ class TaskPreparation:
         """The folder of a task whose spec cannot be read."""
         return Folder(self._settings.results_dir / task_id, ())
 
+    def answer_folder(self, envelope: TaskEnvelope) -> Folder:
+        """The folder of a task that cannot run; its destination counts if that much of its spec can be read."""
+        folder = self.default_folder(envelope.task_id)
+        try:
+            output = Output.model_validate(envelope.task.spec.get("output") or {})
+            destination = self.folder_for(envelope.task_id, output)[0].destination
+        except (ValidationError, ExecutorError):
+            return folder
+        return replace(folder, destination=destination)
+
     def _validate(
         self, executor: type[Executor[Any]], kind: str, spec: JsonObject, place: str
     ) -> tuple[TaskSpec, JsonObject]:

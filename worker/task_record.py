@@ -58,6 +58,7 @@ class TaskRecord:
         dispatched_at: the orchestrator's time stamp, echoed in events.
         prepared: what was prepared at intake; None when it is too large to be kept while it waits.
         experiment_id: of a tuning manager's task; None for all others.
+        keeps_result: whether its folder holds an earlier result that was not delivered, which its end must not replace.
     """
 
     task_id: str
@@ -68,6 +69,7 @@ class TaskRecord:
     dispatched_at: str | None = None
     prepared: PreparedTask | None = None
     experiment_id: int | str | None = None
+    keeps_result: bool = False
     state: State = "QUEUED"
     accepted_iso: str = field(default_factory=now_iso)
     started_iso: str = ""
@@ -152,7 +154,8 @@ class TaskRecord:
             "result_path": str(folder.path / RESULT_FILE),
         }
         if isinstance(outcome, Success):
-            return fields | {"engine": "warm" if outcome.warm else "cold"}
+            # What an earlier end of the same task has left there goes.
+            return fields | {"engine": "warm" if outcome.warm else "cold", "error": "", "reason": "", "hint": ""}
         return fields | {"error": error_text(outcome), "reason": outcome.reason, "hint": outcome.hint}
 
     def _dispatched(self) -> JsonObject:

@@ -108,10 +108,10 @@ class TaskRunner:
         self._parts.publisher.task_queued(record.task_id, record.queued_fields(self._parts.worker_id))
         self._parts.delivery.begin(job)
 
-    def reject(self, record: TaskRecord, failure: Failure) -> None:
-        """End an accepted task that cannot run."""
+    def reject(self, record: TaskRecord, failure: Failure, folder: Folder | None = None) -> None:
+        """End an accepted task that cannot run; its failure goes to `folder`, if there is one of its own."""
         self._admit(record)
-        self._end_soon(record, failure, self._folder(record), None)
+        self._end_soon(record, failure, folder or self._folder(record), None)
 
     def cancel(self, task_id: str) -> bool:
         """Stop a task that waits or runs; False if there is none of that id."""
@@ -132,7 +132,12 @@ class TaskRunner:
                 self._queued.clear()
                 await self._queued.wait()
             record = self._queue.popleft()
-            await self._run_one(record)
+            try:
+                await self._run_one(record)
+            except Exception as error:  # a fault of ours, which must not take the other tasks with it
+                log.exception("a task could not be begun", action="task_run", task_id=record.task_id)
+                self._current, self._current_id = None, ""
+                self._end_soon(record, _broken(error), self._folder(record), record.prepared)
 
     async def drain(self, grace_sec: float, hurry: asyncio.Event) -> None:
         """Take no more, give the running task its time, then stop it; returns when every task has ended.
@@ -199,7 +204,11 @@ class TaskRunner:
             execution.stop("worker_shutdown", grace_sec=0.0)
         self._fetch_ahead()
         await asyncio.sleep(0)  # lets TASK_STARTED go out before the engine gets its work
-        outcome = await execution.run()
+        try:
+            outcome = await execution.run()
+        except Exception as error:  # a fault of ours, which must not take the other tasks with it
+            log.exception("a run broke", action="task_run", task_id=record.task_id)
+            outcome = _broken(error)
         self._current, self._current_id = None, ""
         self._parts.news.forget(record.task_id)
         await self._unwritten.acquire()
@@ -241,11 +250,10 @@ class TaskRunner:
                 self._parts.delivery.begin(ended)
             else:
                 await self._parts.ending.announce(ended)
-        except Exception:  # a fault of ours, which must not take the other tasks with it
-            log.exception(
-                "a task could not be ended; the journal keeps it, and the next start of the daemon runs it again",
-                action="task_end", task_id=record.task_id,
-            )  # fmt: skip
+        except Exception as error:  # a fault of ours, which must not take the other tasks with it
+            log.exception("a task could not be ended as it should", action="task_end", task_id=record.task_id)
+            given_up = await self._parts.ending.give_up(record.task_id, record.dispatch, _broken(error))
+            await self._parts.ending.announce(given_up)
         finally:
             if self._open.get(record.task_id) is record:  # else the same id was dispatched again meanwhile
                 del self._open[record.task_id]
@@ -276,3 +284,8 @@ class TaskRunner:
             self._parts.presence.set_busy()
         else:
             self._parts.presence.set_idle(last_task)
+
+
+def _broken(error: Exception) -> Failure:
+    text = f"a fault of the worker itself: {type(error).__name__}: {error}"
+    return Failure(reason="executor_error", message=text, hint="worker.log has the traceback; please report it")

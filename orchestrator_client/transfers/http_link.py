@@ -205,9 +205,10 @@ class HttpLink:
                 content=body,
                 timeout=httpx.Timeout(stall_sec, connect=CONNECT_SEC, pool=None),
             )
-        except httpx.InvalidURL as error:
+            host = request.url.host
+        except (httpx.InvalidURL, ValueError) as error:  # ValueError: an xn-- name that stands for nothing
             raise AddressError(f"{call.shown} cannot be called: {call.clean(str(error))}") from None
-        if request.url.host.rstrip(".") != call.origin.host or request.url.scheme != call.origin.scheme:
+        if host.rstrip(".") != call.origin.host or request.url.scheme != call.origin.scheme:
             raise AddressError(f"{call.shown} cannot be called: its host is ambiguous")
         try:
             answer = await client.send(request, stream=True, follow_redirects=False)
