@@ -115,7 +115,7 @@ class TaskDelivery:
         running = self._running.get(task_id)
         if running is None or running.job.plan.work != work:
             return False
-        if all(posting.destination in {None, destination} for posting in running.job.plan.postings):
+        if all(posting.destination in (None, destination) for posting in running.job.plan.postings):
             return False
         if not self._interrupt(task_id, "redirected"):
             return False

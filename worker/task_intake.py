@@ -42,7 +42,7 @@ from worker.task_ending import job_of
 from worker.task_journal import JournalError, TaskJournal
 from worker.task_preparation import PreparedTask, RejectedError, TaskPreparation
 from worker.task_record import TaskRecord
-from worker.task_runner import TaskRunner
+from worker.task_runner import TaskRunner, broken
 
 _MOST_AT_ONCE: Final = 256
 _MOST_STARTS: Final = 3
@@ -217,12 +217,21 @@ class TaskIntake:
                 self._say_not_accepted(arrival, error)
             return
         for arrival, answer in zip(arrivals, answers, strict=True):
-            if answer.known is None:
-                await self._hand_over(arrival, answer)
-            elif answer.known == "succeeded":
-                await self._answer_again(arrival, answer)
-            elif not (answer.known == "delivering" and self._redirected(arrival)):
-                log.info("already accepted; dispatched again", action="duplicate", task_id=arrival.task_id)
+            try:
+                await self._settle(arrival, answer)
+            except Exception as error:  # a fault of ours, which must not take the other tasks with it
+                log.exception("a task could not be taken over", action="accept", task_id=arrival.task_id)
+                if answer.known is None:
+                    self._parts.runner.reject(arrival.record(answer), broken(error))
+
+    async def _settle(self, arrival: ArrivedMessage, answer: Acceptance) -> None:
+        """Act on the journal's answer."""
+        if answer.known is None:
+            await self._hand_over(arrival, answer)
+        elif answer.known == "succeeded":
+            await self._answer_again(arrival, answer)
+        elif not (answer.known == "delivering" and self._redirected(arrival)):
+            log.info("already accepted; dispatched again", action="duplicate", task_id=arrival.task_id)
 
     async def _hand_over(self, arrival: ArrivedMessage, acceptance: Acceptance) -> None:
         record = arrival.record(acceptance)

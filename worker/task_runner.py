@@ -137,7 +137,7 @@ class TaskRunner:
             except Exception as error:  # a fault of ours, which must not take the other tasks with it
                 log.exception("a task could not be begun", action="task_run", task_id=record.task_id)
                 self._current, self._current_id = None, ""
-                self._end_soon(record, _broken(error), self._folder(record), record.prepared)
+                self._end_soon(record, broken(error), self._folder(record), record.prepared)
 
     async def drain(self, grace_sec: float, hurry: asyncio.Event) -> None:
         """Take no more, give the running task its time, then stop it; returns when every task has ended.
@@ -208,7 +208,7 @@ class TaskRunner:
             outcome = await execution.run()
         except Exception as error:  # a fault of ours, which must not take the other tasks with it
             log.exception("a run broke", action="task_run", task_id=record.task_id)
-            outcome = _broken(error)
+            outcome = broken(error)
         self._current, self._current_id = None, ""
         self._parts.news.forget(record.task_id)
         await self._unwritten.acquire()
@@ -252,7 +252,7 @@ class TaskRunner:
                 await self._parts.ending.announce(ended)
         except Exception as error:  # a fault of ours, which must not take the other tasks with it
             log.exception("a task could not be ended as it should", action="task_end", task_id=record.task_id)
-            given_up = await self._parts.ending.give_up(record.task_id, record.dispatch, _broken(error))
+            given_up = await self._parts.ending.give_up(record.task_id, record.dispatch, broken(error))
             await self._parts.ending.announce(given_up)
         finally:
             if self._open.get(record.task_id) is record:  # else the same id was dispatched again meanwhile
@@ -286,6 +286,7 @@ class TaskRunner:
             self._parts.presence.set_idle(last_task)
 
 
-def _broken(error: Exception) -> Failure:
+def broken(error: Exception) -> Failure:
+    """What a task is told when something of ours broke."""
     text = f"a fault of the worker itself: {type(error).__name__}: {error}"
     return Failure(reason="executor_error", message=text, hint="worker.log has the traceback; please report it")

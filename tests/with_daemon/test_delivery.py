@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from daemon_process import REPO
 from daemon_world import World
 from delivered_model import check_delivered, made_bytes, model_in
 from http_faults import Kind
 from http_orchestrator import HttpOrchestrator
 from waiting_until import wait_until
+from worker_command import command
 
 Json = dict[str, Any]
 _SECRET = "Bearer task-secret-4711"
@@ -255,11 +253,6 @@ def test_deliver_of_a_task_that_nobody_has_says_so(busy_world: World):
 
     assert ran.returncode == 69
     assert "no worker has a result of task never-seen" in ran.stderr
-
-
-def command(*words: str, broker: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "worker.commands.command_line", *words, "--broker", broker]
-    return subprocess.run(line, cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_refused_work_that_comes_again_is_sent_where_it_is_wanted_now_and_not_run(

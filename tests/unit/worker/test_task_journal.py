@@ -245,3 +245,36 @@ async def test_pruning_spares_what_is_still_being_delivered(journal: TaskJournal
 
     assert await journal.open_deliveries() == [delivery]
     assert await journal.reopen("refused") is None
+
+
+async def test_a_refused_dispatch_leaves_a_kept_result_where_it_is(journal: TaskJournal):
+    delivery = await deliver(journal, "t1")
+    await journal.end_delivery(OwedEvent(-1, "t1", delivery.dispatch, b"failed"), "failed", keep=True)
+
+    [refused] = await journal.accept([Arrival("t1", b"b", 2.0, refused=True)])
+    await end(journal, "t1", refused.dispatch, "failed")
+
+    assert (refused.known, refused.keeps_result) == (None, True)
+    again = await journal.reopen("t1")
+    assert again is not None
+    assert again.plan == b"plan"
+
+
+async def test_a_delivery_that_nobody_can_carry_out_can_be_dropped(journal: TaskJournal):
+    await deliver(journal, "t1")
+
+    await journal.drop_delivery("t1")
+
+    assert await journal.open_deliveries() == []
+    [again] = await journal.accept([Arrival("t1", b"b", 2.0, "w")])
+    assert (again.known, again.undelivered) == (None, None)
+
+
+async def test_a_later_end_takes_the_place_of_one_that_nobody_heard(journal: TaskJournal):
+    [first] = await journal.accept([Arrival("t1", b"a", 1.0)])
+    await end(journal, "t1", first.dispatch, "failed")
+    [second] = await journal.accept([Arrival("t1", b"a", 2.0)])
+
+    number = await end(journal, "t1", second.dispatch, "succeeded")
+
+    assert [owed.seq for owed in await journal.owed(10)] == [number]
