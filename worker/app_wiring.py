@@ -7,6 +7,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import structlog
@@ -38,6 +39,7 @@ from worker.task_runner import RunnerParts, TaskRunner
 from worker.worker_identity import StateFolder, take_over
 from worker.worker_presence import Identity, WorkerPresence
 
+_THREADS = 32
 _SETTLE_SEC = 1.0
 _FAREWELL_SEC = 5.0
 _CANCEL_AGAIN_SEC = 1.0
@@ -87,6 +89,8 @@ class Daemon:
             BrokerRefusedError: the broker refuses the credentials.
         """
         loop = asyncio.get_running_loop()
+        # More than asyncio's own: slow lookups of names, of which several may hang, must not keep files waiting.
+        loop.set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="side"))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
         try:
