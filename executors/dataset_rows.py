@@ -18,6 +18,7 @@ from executors.contract import EnginePolicy
 from executors.errors import BadDataError, BadSpecError, MissingLibraryError
 from executors.inference_spec import DataSection, ShardSection
 from executors.local_paths import confine, find_local
+from executors.secret_masking import shown, without_url_secrets
 
 _BUILDERS = {
     ".json": "json",
@@ -94,7 +95,7 @@ def open_dataset(data: DataSection, shard: ShardSection, policy: EnginePolicy, s
             rows = tuple(part.to_list())
     if not rows:
         raise BadDataError(
-            f"spec.data.url {url!r} gives no rows (split {data.split!r}, shard {shard.index} of {shard.total}); "
+            f"spec.data.url {shown(url)} gives no rows (split {data.split!r}, shard {shard.index} of {shard.total}); "
             "expected at least one",
             hint="Check the split, the shard and the file.",
         )
@@ -109,7 +110,7 @@ def _prompt_column(columns: Sequence[str], data: DataSection) -> str:
     if "text" in columns:
         return "text"
     raise BadSpecError(
-        f"spec.data.column is missing; expected one of the columns of {data.url!r}: {', '.join(columns)}",
+        f"spec.data.column is missing; expected one of the columns of {shown(data.url or '')}: {', '.join(columns)}",
         hint="Name the column that holds the prompts.",
     )
 
@@ -125,7 +126,7 @@ def _metadata_aliases(columns: Sequence[str], data: DataSection) -> dict[str, st
 
 def _existing(name: str, key: str, columns: Sequence[str], data: DataSection) -> str:
     if name not in columns:
-        raise BadSpecError(f"{key} names {name!r}, but {data.url!r} has the columns {', '.join(columns)}")
+        raise BadSpecError(f"{key} names {name!r}, but {shown(data.url or '')} has the columns {', '.join(columns)}")
     return name
 
 
@@ -170,7 +171,8 @@ def _load(data: DataSection, *, hint: str, **options: object) -> _Dataset:
     except Exception as error:  # the library raises many kinds, and each of them is about the data
         cause = error.__cause__ or error
         raise BadDataError(
-            f"spec.data.url {data.url!r} (split {data.split!r}) cannot be read: {type(cause).__name__}: {cause}",
+            f"spec.data.url {shown(data.url or '')} (split {data.split!r}) cannot be read: "
+            f"{type(cause).__name__}: {without_url_secrets(str(cause))}",
             hint=hint,
         ) from error
     return loaded

@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from executors.input_spec import CheckpointLoad, InputRequest
-from executors.task_spec import SparseSection, TaskSpec
+from executors.task_spec import SpecSection, TaskSpec
 
 DataType = Literal["list", "dataset", "graph_template"]
 DtypeName = Literal["auto", "float16", "bfloat16", "float32"]
@@ -66,27 +66,36 @@ def _not_built(what: str) -> AfterValidator:
     return AfterValidator(refuse)
 
 
-class ModelSource(SparseSection):
+def _no_address(identifier: str) -> str:
+    if "://" in identifier:
+        raise PydanticCustomError(
+            "model_address",
+            "expected a hub name such as 'org/model' or a path, not a URL; weights are fetched by checkpoint.load",
+        )
+    return identifier
+
+
+class ModelSource(SpecSection):
     """`model.source`: which weights. `gguf_file` picks one file of a folder or repository with quantised files.
 
     With `checkpoint.load` the weights come from there, and this names what lacks in it: tokenizer and configuration.
     """
 
-    identifier: Annotated[str, StringConstraints(strip_whitespace=True)] = ""
+    identifier: Annotated[str, StringConstraints(strip_whitespace=True), AfterValidator(_no_address)] = ""
     type: JsonValue = None
     revision: str | None = None
     trust_remote_code: bool = False
     gguf_file: str | None = None
 
 
-class ModelConfig(SparseSection):
+class ModelConfig(SpecSection):
     """`model.config`: accepted, has no effect (WIRE 4.1)."""
 
     fp16: JsonValue = None
     device_map_auto: JsonValue = None
 
 
-class TransformersOptions(SparseSection):
+class TransformersOptions(SpecSection):
     """`model.transformers`: how Transformers loads the weights.
 
     `low_cpu_mem_usage` is accepted; Transformers 5 always loads that way.
@@ -111,7 +120,7 @@ class TransformersOptions(SparseSection):
         return self
 
 
-class VllmOptions(SparseSection):
+class VllmOptions(SpecSection):
     """`model.vllm`: leftovers for an engine that is not vLLM, so nothing is checked."""
 
     tensor_parallel_size: JsonValue = None
@@ -124,7 +133,7 @@ class VllmOptions(SparseSection):
     release_after_run: JsonValue = None
 
 
-class ModelSection(SparseSection):
+class ModelSection(SpecSection):
     """`model`."""
 
     source: ModelSource = Field(default_factory=dict, validate_default=True)
@@ -134,7 +143,7 @@ class ModelSection(SparseSection):
     adapters: Annotated[JsonValue, _not_built("a LoRA adapter for inference")] = None
 
 
-class ChatMessage(SparseSection):
+class ChatMessage(SpecSection):
     """One message of a conversation; further keys (`name`, `tool_calls` …) reach the model's chat template."""
 
     role: str = Field(min_length=1)
@@ -164,7 +173,7 @@ PromptItem = Annotated[
 """One entry of `data.items`: a text, or a conversation."""
 
 
-class GraphColumn(SparseSection):
+class GraphColumn(SpecSection):
     """One column of a graph template: `expr` is `stage.path`, or `node` and `path` give the two apart."""
 
     label: str | None = None
@@ -182,7 +191,7 @@ class GraphColumn(SparseSection):
         return self
 
 
-class TemplateOptions(SparseSection):
+class TemplateOptions(SpecSection):
     """`template.options` of the built-in template."""
 
     intro: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
@@ -190,7 +199,7 @@ class TemplateOptions(SparseSection):
     closing: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
 
 
-class GraphTemplate(SparseSection):
+class GraphTemplate(SpecSection):
     """`data.template` (WIRE 4.2)."""
 
     name: str = "two_column_briefing"
@@ -200,7 +209,7 @@ class GraphTemplate(SparseSection):
     append_system_prompt: bool = False
 
 
-class DataSection(SparseSection):
+class DataSection(SpecSection):
     """`data`: where the prompts come from. Without `type` it follows from `items`, `url` or `template`.
 
     `buffer_size` is accepted; shuffling here is exact and needs none. Keys of another type are leftovers of a merged
@@ -262,7 +271,7 @@ class DataSection(SparseSection):
         return self
 
 
-class InferenceOptions(SparseSection):
+class InferenceOptions(SpecSection):
     """`inference`: how to generate.
 
     Attributes:
@@ -302,7 +311,7 @@ class InferenceOptions(SparseSection):
         return self.max_new_tokens or self.max_tokens
 
 
-class ShardSection(SparseSection):
+class ShardSection(SpecSection):
     """`shard`: the part of a data set that this task takes, after shuffling."""
 
     total: int = Field(default=1, ge=1)
@@ -320,26 +329,26 @@ class ShardSection(SparseSection):
         return self
 
 
-class ParallelSection(SparseSection):
+class ParallelSection(SpecSection):
     """`parallel`: accepted, has no effect (WIRE 4.1)."""
 
     enabled: JsonValue = None
     max_shards: JsonValue = None
 
 
-class CheckpointSection(SparseSection):
+class CheckpointSection(SpecSection):
     """`checkpoint`."""
 
     load: CheckpointLoad | None = None
 
 
-class PostprocessSection(SparseSection):
+class PostprocessSection(SpecSection):
     """`postprocess`."""
 
     jsonl_export: Annotated[JsonValue, _not_built("postprocess.jsonl_export")] = None
 
 
-class InferenceSpec(SparseSection, TaskSpec):
+class InferenceSpec(TaskSpec):
     """The spec of a text generation task.
 
     Raises:

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from executors.task_spec import SparseSection
+from executors.task_spec import Headers, SpecSection
 
 InputKind = Literal["checkpoint", "adapter", "file"]
 ArchiveFormat = Literal["auto", "zip", "tar", "tar.gz", "tgz", "tar.bz2", "tar.xz", "none"]
@@ -118,8 +118,8 @@ def _sorted(candidates: Iterable[str]) -> tuple[tuple[str, ...], str]:
     return tuple(each for each in given if not _is_url(each)), next(filter(_is_url, given), "")
 
 
-class _InputSection(SparseSection):
-    """Base: a null or blank value counts as absent, and so does a second name for the same thing."""
+class _InputSection(SpecSection):
+    """Base: a blank value counts as absent like a null, and so does a second name for the same thing."""
 
     same: ClassVar[dict[str, tuple[str, ...]]] = {"taskId": ("taskId", "task_id")}
     """All names of a key; the first that is given wins."""
@@ -145,7 +145,7 @@ class _FetchedFolder(_InputSection):
     url: Line = ""
     filename: FileName = ""
     base_url: Line = ""
-    headers: dict[str, str] = Field(default_factory=dict, repr=False)
+    headers: Headers = Field(default_factory=dict, repr=False)
     timeout_sec: Seconds | None = Field(default=None, alias="timeoutSec")
     archive_format: Annotated[ArchiveFormat, BeforeValidator(_lower)] = "auto"
     subdir: InnerFolder = ""
@@ -274,7 +274,7 @@ class JsonlSource(_InputSection):
     worker_path: Line = ""
     task_id: TaskReference = Field(default="", alias="taskId")
     filename: FileName = ""
-    headers: dict[str, str] = Field(default_factory=dict, repr=False)
+    headers: Headers = Field(default_factory=dict, repr=False)
     timeout_sec: Seconds | None = Field(default=None, alias="timeoutSec")
     archive_format: Annotated[ArchiveFormat, BeforeValidator(_lower)] = "none"
     sha256: Digest = ""

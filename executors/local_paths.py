@@ -7,6 +7,7 @@ from pathlib import Path
 
 from executors.contract import EnginePolicy
 from executors.errors import BadSpecError
+from executors.secret_masking import shown
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 _FILE_SUFFIXES = frozenset(
@@ -33,7 +34,7 @@ def find_local(value: str, field: str, policy: EnginePolicy) -> Path | None:
     )
     if looks_like_path or not _HUB_NAME.fullmatch(value):
         return confine(value, field, policy)
-    if policy.allowed_roots and (policy.allowed_roots[0] / value).exists():
+    if policy.allowed_roots and _exists(policy.allowed_roots[0] / value):
         return confine(value, field, policy)
     return None
 
@@ -49,29 +50,37 @@ def confine(value: str | Path, field: str, policy: EnginePolicy) -> Path:
     """
     roots = [root.resolve() for root in policy.allowed_roots]
     allowed = ", ".join(str(root) for root in roots) or "none"
+    named = shown(str(value))
     hint = "Put it below one of these folders, or add its folder to WORKER_ALLOWED_ROOTS at the worker."
     if "://" in str(value):
-        raise BadSpecError(f"{field} is {str(value)!r}; expected a hub name or a path, not a URL", hint=hint)
+        raise BadSpecError(f"{field} is {named}; expected a hub name or a path, not a URL", hint=hint)
     if "\0" in str(value):
-        raise BadSpecError(f"{field} is {str(value)!r}; a path cannot hold a null character")
+        raise BadSpecError(f"{field} is {named}; a path cannot hold a null character")
     base = roots[0] if roots else Path("/")
     try:
         resolved = (base / value).resolve()
     except (OSError, RuntimeError) as error:  # a loop of symbolic links
-        raise BadSpecError(f"{field} is {str(value)!r}, which cannot be resolved: {error}", hint=hint) from error
+        raise BadSpecError(f"{field} is {named}, which cannot be resolved: {shown(str(error))}", hint=hint) from error
     # Asked before existence, so that an answer tells nothing about files elsewhere.
     if not any(resolved.is_relative_to(root) for root in roots):
         raise BadSpecError(
-            f"{field} is {str(value)!r}, which lies outside the folders this worker may read ({allowed})", hint=hint
+            f"{field} is {named}, which lies outside the folders this worker may read ({allowed})", hint=hint
         )
     if _is_the_workers_own(resolved, roots):
-        raise BadSpecError(f"{field} is {str(value)!r}, which lies in a folder of the worker's own", hint=hint)
-    if not resolved.exists():
+        raise BadSpecError(f"{field} is {named}, which lies in a folder of the worker's own", hint=hint)
+    if not _exists(resolved):
         raise BadSpecError(
-            f"{field} is {str(value)!r}, but {resolved} does not exist",
+            f"{field} is {named}, but {shown(str(resolved))} does not exist",
             hint=f"Check the path; this worker reads from: {allowed} (WORKER_ALLOWED_ROOTS).",
         )
     return resolved
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that we may not enter
+        return False
 
 
 def _is_the_workers_own(path: Path, roots: list[Path]) -> bool:

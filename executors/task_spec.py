@@ -12,19 +12,26 @@ if TYPE_CHECKING:  # its sections derive from those here
     from executors.input_spec import InputRequest
 
 
+def _without_nulls(value: object) -> object:
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, Mapping) else value
+
+
 class SpecSection(BaseModel):
-    """Base of every part of a spec. Unknown keys are kept, and become warnings by `unknown_keys`."""
+    """Base of every part of a spec. Unknown keys are kept, and become warnings by `unknown_keys`.
+
+    A null counts as absent: merged stage specs use nulls to take a base value back.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True, allow_inf_nan=False)
-
-
-class SparseSection(SpecSection):
-    """A part in which a null counts as absent: merged stage specs use nulls to take a base value back."""
 
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, value: object) -> object:
-        return {key: item for key, item in value.items() if item is not None} if isinstance(value, Mapping) else value
+        return _without_nulls(value)
+
+
+Headers = Annotated[dict[str, str], BeforeValidator(_without_nulls)]
+"""Headers of a request; one that is null is not sent."""
 
 
 class GpuDemand(SpecSection):
@@ -67,7 +74,7 @@ class Destination(SpecSection):
     path: PlainText | None = None
     url: str | None = None
     method: str = "POST"
-    headers: dict[str, str] = Field(default_factory=dict)
+    headers: Headers = Field(default_factory=dict, repr=False)
     timeout_sec: float | None = Field(default=None, alias="timeoutSec", gt=0)
 
 

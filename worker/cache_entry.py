@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 CONTENT: Final = "content"
 RECORD: Final = "entry.json"
 LOCK: Final = "lock"
+_BLOCK: Final = 4096
 
 
 class CacheRecord(BaseModel):
@@ -27,9 +28,9 @@ class CacheRecord(BaseModel):
         source: digest of the exact place, to find the entry by.
         form: what was done with the file; the same file unpacked and as it is are two entries.
         validator: ETag or Last-Modified; empty: the server gave none.
-        sha256: digest of the fetched file.
+        sha256: digest of the fetched file; empty: nobody has asked for one, and a local archive was not read for it.
         fetched_bytes: its size.
-        kept_bytes: size of the content on disk.
+        kept_bytes: what the content takes on the disk, at least 4096 for each file.
         payload: `content` for an unpacked archive, else `content/<file name>`.
     """
 
@@ -94,7 +95,8 @@ class Pin:
 
     def touch(self) -> None:
         """Note that it is used now."""
-        with contextlib.suppress(FileNotFoundError):  # somebody has emptied the cache by hand
+        # Somebody has emptied the cache by hand; or it is another user's entry, and only its order is ours to lose.
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             os.utime(self._folder / RECORD)
 
     def release(self) -> None:
@@ -138,8 +140,25 @@ class Entry:
         return Pin(self.folder, self.record, lock(self.folder, fcntl.LOCK_SH))
 
 
+def bytes_taken(content: Path) -> int:
+    """What a folder takes on the disk, files and folders counted with at least a block each.
+
+    Raises:
+        OSError: something cannot be looked at.
+    """
+    return sum(
+        max(Path(parent, name).lstat().st_size, _BLOCK)
+        for parent, folders, files in os.walk(content)
+        for name in (*folders, *files)
+    )
+
+
 def read_entry(folder: Path) -> Entry | None:
-    """Read one entry; None if it is damaged."""
+    """Read one entry; None if it is damaged.
+
+    Raises:
+        OSError: it cannot be read here and now, for instance because another user has made it.
+    """
     try:
         record = CacheRecord.model_validate_json((folder / RECORD).read_bytes())
         used_ns = (folder / RECORD).stat().st_mtime_ns
@@ -150,7 +169,7 @@ def read_entry(folder: Path) -> Entry | None:
     if record.payload == CONTENT:
         whole = stat.S_ISDIR(payload.st_mode)
     else:
-        whole = stat.S_ISREG(payload.st_mode) and payload.st_size == record.kept_bytes
+        whole = stat.S_ISREG(payload.st_mode) and payload.st_size == record.fetched_bytes
     return Entry(folder, record, used_ns) if whole and locked else None
 
 

@@ -22,7 +22,7 @@ import secrets
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import structlog
 
@@ -39,6 +39,7 @@ from worker.cache_entry import (
     lock,
     read_entry,
 )
+from worker.input_threads import InputThreads
 from worker.results_folder import write_whole
 
 _NEW: Final = ".new-"
@@ -46,10 +47,11 @@ _OLD: Final = ".old-"
 _ENTRY_NAME: Final = re.compile(r"[0-9a-f]{64}")
 _LOOK_AGAIN_SEC: Final = 0.2
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_RESERVE_BYTES: Final = 1024**3
+_RESERVE_SHARE: Final = 0.02
+"""What inputs leave free for results and logs of tasks: so much, or on a smaller disk this share of it."""
 
 log = structlog.get_logger()
-
-ResultT = TypeVar("ResultT")
 
 
 def means_disk_full(error: OSError) -> bool:
@@ -68,6 +70,7 @@ class InputCache:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
+        self._threads = InputThreads("input-cache")
 
     async def start(self) -> None:
         """Delete what killed processes left half-made, and what the cache has no room for.
@@ -75,7 +78,7 @@ class InputCache:
         Raises:
             OSError: the folder cannot be read or written.
         """
-        await _to_its_end(self._sweep)
+        await self._threads.to_its_end(self._sweep)
         await self.trim()
 
     async def find(self, wanted: Wanted) -> Pin | None:
@@ -84,7 +87,7 @@ class InputCache:
         Raises:
             OSError: the folder cannot be read.
         """
-        return await _to_its_end(lambda: self._find(wanted), _release)
+        return await self._threads.to_its_end(lambda: self._find(wanted), _release)
 
     @contextlib.asynccontextmanager
     async def workspace(self, wanted: Wanted) -> AsyncIterator[Workspace]:
@@ -93,12 +96,12 @@ class InputCache:
         Raises:
             OSError: it cannot be made.
         """
-        while (made := await _to_its_end(lambda: self._new(wanted), self._leave)) is None:  # noqa: ASYNC110 - see below
+        while (made := await self._threads.to_its_end(lambda: self._new(wanted), self._leave)) is None:  # noqa: ASYNC110 - see below
             await asyncio.sleep(_LOOK_AGAIN_SEC)  # another process tells nothing when it is done
         try:
             yield made
         finally:
-            await _to_its_end(lambda: self._leave(made))
+            await self._threads.to_its_end(lambda: self._leave(made))
 
     async def add(self, made: Workspace, record: CacheRecord) -> Pin:
         """Turn a workspace, whose `content` is ready and synced, into an entry; delete others if there is no room.
@@ -106,7 +109,7 @@ class InputCache:
         Raises:
             OSError: it cannot be written.
         """
-        pin = await _to_its_end(lambda: self._publish(made, record), _release)
+        pin = await self._threads.to_its_end(lambda: self._publish(made, record), _release)
         try:
             await self.trim()
         except BaseException:
@@ -120,17 +123,23 @@ class InputCache:
         Raises:
             OSError: one cannot be deleted.
         """
-        await _to_its_end(lambda: self._evict(lambda kept, _: kept > self._max_bytes))
+        await self._threads.to_its_end(lambda: self._evict(lambda kept, _: kept - self._max_bytes))
 
     async def make_room(self, needed_bytes: int) -> None:
-        """Delete entries that nobody uses until so much of the disk is free, or none is left.
+        """Delete entries that nobody uses until so much room is on the disk; none if all of them are not enough.
 
         Raises:
-            OSError: with ENOSPC: it is not enough.
+            OSError: with ENOSPC: they are not enough.
         """
-        await _to_its_end(lambda: self._evict(lambda _, gone: self.free_bytes() + gone < needed_bytes))
-        if (free := self.free_bytes()) < needed_bytes:
-            raise OSError(errno.ENOSPC, f"{needed_bytes} bytes are needed and {free} are free", str(self._folder))
+
+        def missing(_: int, unused: int) -> int:
+            bytes_missing = needed_bytes - self.room_bytes()
+            return bytes_missing if bytes_missing <= unused else 0
+
+        await self._threads.to_its_end(lambda: self._evict(missing))
+        if (room := self.room_bytes()) < needed_bytes:
+            text = f"{needed_bytes} bytes are needed and {room} are free, besides a reserve"
+            raise OSError(errno.ENOSPC, text, str(self._folder))
 
     async def drop_unused(self) -> int:
         """Delete every entry that nobody uses, and return how many those were.
@@ -138,14 +147,19 @@ class InputCache:
         Raises:
             OSError: one cannot be deleted.
         """
-        return await _to_its_end(lambda: self._evict(lambda _kept, _gone: True))
+        return await self._threads.to_its_end(lambda: self._evict(lambda _, unused: unused + 1))
 
-    def free_bytes(self) -> int:
-        """What is free on the cache's disk."""
+    def room_bytes(self) -> int:
+        """What may be taken of the cache's disk: what is free, but for a reserve."""
         place = self._folder
         while not place.exists():
             place = place.parent
-        return shutil.disk_usage(place).free
+        disk = shutil.disk_usage(place)
+        return max(disk.free - min(_RESERVE_BYTES, int(disk.total * _RESERVE_SHARE)), 0)
+
+    def close(self) -> None:
+        """Take no more calls."""
+        self._threads.close()
 
     # What follows blocks, and runs in threads.
 
@@ -172,10 +186,10 @@ class InputCache:
             return None
         with self._guard() as doomed:
             fitting = [entry for entry in self._entries(doomed) if wanted.fits(entry.record)]
-            if not fitting:
-                return None
-            entry = max(fitting, key=lambda each: each.used_ns)
-            return entry.pinned()
+            for entry in sorted(fitting, key=lambda each: each.used_ns, reverse=True):
+                with _unusable_is_passed_over(entry.folder):
+                    return entry.pinned()
+            return None
 
     def _new(self, wanted: Wanted) -> Workspace | None:
         folder = self._folder / f"{_NEW}{wanted.name}"
@@ -186,13 +200,18 @@ class InputCache:
             return Workspace(folder, lock(folder, fcntl.LOCK_EX, os.O_CREAT))
 
     def _leave(self, made: Workspace | None) -> None:
-        """End the work in a workspace, and delete it unless it has become an entry."""
+        """End the work in a workspace, and delete it unless it has become an entry.
+
+        It raises nothing, because that would hide why the work has ended; what is left is deleted at the next start.
+        """
         if made is None:
             return
         try:
             if not made.published:
                 with self._guard() as doomed:
                     self._rename_away(made.folder, doomed)
+        except OSError as error:
+            log.warning("cannot be deleted", action="cache_delete", folder=str(made.folder), error=str(error))
         finally:
             os.close(made.descriptor)
 
@@ -203,10 +222,12 @@ class InputCache:
         write_whole(made.folder / RECORD, record.model_dump_json(indent=2).encode())
         folder = self._folder / digest_of(record.source, record.validator, record.sha256, record.form)
         with self._guard() as doomed:
-            if folder.exists() and (there := read_entry(folder)) is not None:
-                return there.pinned()  # another process was quicker
-            if folder.exists():
-                self._rename_away(folder, doomed)
+            with _unusable_is_passed_over(folder):
+                if (there := read_entry(folder)) is not None:  # it was here before, or another process was quicker
+                    pin = there.pinned()
+                    pin.touch()  # it is what the server has now, so it is to be found before newer ones
+                    return pin
+            self._rename_away(folder, doomed)
             made.folder.rename(folder)
             made.published = True
             fcntl.flock(made.descriptor, fcntl.LOCK_SH)
@@ -221,19 +242,25 @@ class InputCache:
                 self._put_away(folder, doomed)
             self._entries(doomed)
 
-    def _evict(self, too_much: Callable[[int, int], bool]) -> int:
-        """Delete unused entries while `too_much(bytes kept, bytes deleted here)`; return how many were deleted."""
+    def _evict(self, wanted_bytes: Callable[[int, int], int]) -> int:
+        """Delete unused entries, those unused for longest first, and return how many.
+
+        Args:
+            wanted_bytes: how much has to go, given what all entries take and what the unused ones take; they go until
+                it is reached.
+        """
         if not self._folder.exists():
             return 0
         with self._guard() as doomed:
             entries = sorted(self._entries(doomed), key=lambda each: each.used_ns)
-            kept, gone, deleted = sum(each.record.kept_bytes for each in entries), 0, 0
-            for entry in entries:
-                if not too_much(kept, gone):
+            unused = [entry for entry in entries if self._is_unused(entry.folder)]
+            wanted, gone, deleted = wanted_bytes(_sum(entries), _sum(unused)), 0, 0
+            for entry in unused:
+                if gone >= wanted:
                     break
-                if self._put_away(entry.folder, doomed):
-                    kept, gone = kept - entry.record.kept_bytes, gone + entry.record.kept_bytes
-                    deleted += 1
+                with _unusable_is_passed_over(entry.folder):
+                    self._rename_away(entry.folder, doomed)
+                    gone, deleted = gone + entry.record.kept_bytes, deleted + 1
                     log.info("cached input deleted", action="cache_evict", url=entry.record.url)
             return deleted
 
@@ -243,12 +270,20 @@ class InputCache:
         for folder in self._folder.iterdir():
             if not _ENTRY_NAME.fullmatch(folder.name):
                 continue
-            entry = read_entry(folder)
-            if entry is not None:
-                entries.append(entry)
-            elif self._put_away(folder, doomed):
-                log.warning("a damaged entry of the cache is deleted", action="cache_damaged", folder=str(folder))
+            with _unusable_is_passed_over(folder):
+                entry = read_entry(folder)
+                if entry is not None:
+                    entries.append(entry)
+                elif self._put_away(folder, doomed):
+                    log.warning("a damaged entry of the cache is deleted", action="cache_damaged", folder=str(folder))
         return entries
+
+    def _is_unused(self, folder: Path) -> bool:
+        """Whether nobody has an entry in use; as long as the guard is held it stays so."""
+        with _unusable_is_passed_over(folder), contextlib.suppress(BlockingIOError):
+            os.close(lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            return True
+        return False
 
     def _put_away(self, folder: Path, doomed: list[Path]) -> bool:
         """Rename for deletion, unless somebody uses it."""
@@ -267,8 +302,23 @@ class InputCache:
 
     def _rename_away(self, folder: Path, doomed: list[Path]) -> None:
         gone = self._folder / f"{_OLD}{secrets.token_hex(8)}"
-        folder.rename(gone)
-        doomed.append(gone)
+        with contextlib.suppress(FileNotFoundError):  # nothing is there, or somebody has emptied the cache by hand
+            folder.rename(gone)
+            doomed.append(gone)
+
+
+@contextlib.contextmanager
+def _unusable_is_passed_over(folder: Path) -> Iterator[None]:
+    """One entry that cannot be read or locked here is no reason to do without all others."""
+    try:
+        yield
+    except OSError as error:
+        text = "an entry of the cache cannot be used"
+        log.warning(text, action="cache_unusable", folder=str(folder), error=str(error))
+
+
+def _sum(entries: list[Entry]) -> int:
+    return sum(entry.record.kept_bytes for entry in entries)
 
 
 def _release(pin: Pin | None) -> None:
@@ -280,23 +330,3 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # another process may be deleting it too
     if folder.exists():
         log.warning("cannot be deleted; remove it by hand", action="cache_delete", folder=str(folder))
-
-
-async def _to_its_end(call: Callable[[], ResultT], undo: Callable[[ResultT], object] | None = None) -> ResultT:
-    """Run something short in a thread, and wait for its end also when cancelled.
-
-    Args:
-        call: what to do.
-        undo: takes the result back if nobody is there any more to receive it.
-    """
-    running = asyncio.ensure_future(asyncio.to_thread(call))
-    try:
-        await asyncio.wait({running})
-    except asyncio.CancelledError:
-        while not running.done():
-            with contextlib.suppress(asyncio.CancelledError):  # the first one is passed on below
-                await asyncio.wait({running})
-        if running.exception() is None and undo is not None:
-            await asyncio.shield(asyncio.to_thread(undo, running.result()))
-        raise
-    return running.result()

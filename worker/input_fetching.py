@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import quote
 
 import structlog
 
 from executors.input_spec import InputRequest
 from orchestrator_client.archives.archive_reader import UnpackLimits, unpack
-from orchestrator_client.transfers.downloads import DownloadLimits, Source, default_name, download
+from orchestrator_client.transfers.downloads import Downloaded, DownloadLimits, Source, default_name, download
 from orchestrator_client.transfers.http_link import HttpLink, shown_url
 from orchestrator_client.transfers.web_addresses import read_address
-from worker.cache_entry import CONTENT, CacheRecord, Pin, Wanted, Workspace
+from worker.cache_entry import CONTENT, CacheRecord, Pin, Wanted, Workspace, bytes_taken
 from worker.input_cache import InputCache, means_disk_full
-from worker.local_inputs import NotUsableError, digest_of_file, is_to_be_unpacked
+from worker.input_threads import CheckWanted, InputThreads
+from worker.local_inputs import NotUsableError, is_to_be_unpacked, stamp_of
 from worker.settings import Settings
-from worker.shared_work import Listener
+from worker.shared_work import Audience
 
 _DEFAULT_TIMEOUT_SEC: Final = 60.0
 
 log = structlog.get_logger()
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -36,27 +40,18 @@ class _Order:
     url: str
     name: str
     wanted: Wanted
-    listener: Listener
+    audience: Audience
 
 
-@dataclass(frozen=True)
-class _Fetched:
-    """A file in a workspace, before it is unpacked or put into its place."""
+class _NoRoomError(OSError):
+    """It is known beforehand that the disk has no room.
 
-    file: Path
-    name: str
-    shown: str
-    validator: str
-    sha256: str
-    size_bytes: int
-    is_ours: bool
-
-
-class _NoRoomError(Exception):
-    """The server has told a size that the disk has no room for."""
+    Args:
+        needed_bytes: how much is needed in all, once what there is of it has been deleted.
+    """
 
     def __init__(self, needed_bytes: int) -> None:
-        super().__init__(f"{needed_bytes} bytes are needed")
+        super().__init__(errno.ENOSPC, f"{needed_bytes} bytes are needed")
         self.needed_bytes = needed_bytes
 
 
@@ -67,12 +62,14 @@ class InputFetching:
         link: speaks HTTP.
         cache: where everything goes.
         settings: limits, and the orchestrator's address.
+        threads: for what blocks on the disk.
     """
 
-    def __init__(self, link: HttpLink, cache: InputCache, settings: Settings) -> None:
+    def __init__(self, link: HttpLink, cache: InputCache, settings: Settings, threads: InputThreads) -> None:
         self._link = link
         self._cache = cache
         self._settings = settings
+        self._threads = threads
 
     def url_of(self, request: InputRequest) -> str:
         """Where the request may be fetched; empty: nowhere.
@@ -91,7 +88,7 @@ class InputFetching:
             return base + request.url
         return f"{base}/api/v1/results/{quote(request.task_id, safe='')}/files/{quote(request.filename, safe='')}"
 
-    async def from_url(self, request: InputRequest, url: str, listener: Listener) -> Pin:
+    async def from_url(self, request: InputRequest, url: str, audience: Audience) -> Pin:
         """Have a URL's file in the cache, unpacked if it is an archive.
 
         With a digest in the request, a file that is there needs no network. Without one the server is asked whether it
@@ -100,7 +97,7 @@ class InputFetching:
         Args:
             request: what is wanted, with headers, digest and format.
             url: absolute.
-            listener: hears how far it is.
+            audience: hears how far it is; nothing is deleted for it to have room while it is not urgent.
 
         Raises:
             TransferError: the network failed, for longer than retries last.
@@ -112,7 +109,7 @@ class InputFetching:
         self._link.check_url(url, what=what)
         name = default_name(url, request.filename or None)
         wanted = Wanted(read_address(url, what=what).url, _form(request, name), request.sha256)
-        order = _Order(request, url, name, wanted, listener)
+        order = _Order(request, url, name, wanted, audience)
         if request.sha256 and (pin := await self._cache.find(wanted)) is not None:
             pin.touch()
             return pin
@@ -122,24 +119,32 @@ class InputFetching:
                 pin.touch()
                 return pin
             try:
-                made = await self._with_room(lambda: self._fetch(order, place, pin))
+                got = await self._with_room(partial(self._fetch, order, place, pin), audience)
+                if got is None:
+                    return _current(pin)
+                made = await self._keep(order, place, got)
             except BaseException:
                 if pin is not None:
                     pin.release()
                 raise
-            if pin is not None and made is not pin:
+            if pin is not None:
                 pin.release()
             return made
 
-    async def from_archive(self, request: InputRequest, archive: Path) -> Pin:
-        """Have an archive of this worker's disk in the cache, unpacked.
+    async def from_archive(self, request: InputRequest, archive: Path, stamp: str, audience: Audience) -> Pin:
+        """Have an archive of this worker's disk in the cache, unpacked. The archive itself is left as it is.
+
+        Args:
+            request: what is wanted.
+            archive: the file; if a digest is wanted, it had that.
+            stamp: its state then, as `stamp_of` says it.
+            audience: as in `from_url`.
 
         Raises:
+            NotUsableError: it has changed meanwhile.
             ArchiveError: it cannot be unpacked.
             OSError: the disk; with ENOSPC if it is full.
         """
-        facts = await asyncio.to_thread(archive.stat)
-        stamp = f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}"
         wanted = Wanted(f"file:{archive}", _form(request, archive.name))
         async with self._cache.workspace(wanted) as place:
             pin = await self._cache.find(wanted)
@@ -148,23 +153,37 @@ class InputFetching:
                 return pin
             if pin is not None:
                 pin.release()
-            digest = await asyncio.to_thread(digest_of_file, archive)
-            fetched = _Fetched(archive, archive.name, str(archive), stamp, digest, facts.st_size, is_ours=False)
-            return await self._with_room(lambda: self._keep(request, wanted, place, fetched))
+            size = (await self._threads.stoppable(lambda _: archive.stat())).st_size
+            await self._with_room(partial(self._unpack, request, archive, size, place), audience)
+            if await self._threads.stoppable(lambda _: stamp_of(archive)) != stamp:
+                raise NotUsableError("changed while it was unpacked", elsewhere=True)
+            record = CacheRecord(
+                url=str(archive),
+                source=wanted.source,
+                form=wanted.form,
+                validator=stamp,
+                sha256=request.sha256,
+                fetched_bytes=size,
+                kept_bytes=await self._bytes_taken(place),
+                payload=CONTENT,
+            )
+            return await self._with_room(partial(self._cache.add, place, record), audience)
 
-    async def _with_room(self, attempt: Callable[[], Awaitable[Pin]]) -> Pin:
-        """Try, and once more after unused entries were deleted, if it was the room that lacked."""
+    async def _with_room(self, attempt: Callable[[], Awaitable[ResultT]], audience: Audience) -> ResultT:
+        """Try; and if it was room that lacked, and somebody waits, once more after unused entries were deleted."""
         try:
             return await attempt()
-        except _NoRoomError as error:
-            await self._cache.make_room(error.needed_bytes)
         except OSError as error:
-            if not means_disk_full(error) or not await self._cache.drop_unused():
+            if not means_disk_full(error) or not audience.is_urgent:
+                raise
+            if isinstance(error, _NoRoomError):
+                await self._cache.make_room(error.needed_bytes)
+            elif not await self._cache.drop_unused():
                 raise
         return await attempt()
 
-    async def _fetch(self, order: _Order, place: Workspace, current: Pin | None) -> Pin:
-        """Download unless `current` is current."""
+    async def _fetch(self, order: _Order, place: Workspace, current: Pin | None) -> Downloaded | None:
+        """Download; None: `current` is current."""
         request, settings = order.request, self._settings
         limits = DownloadLimits(settings.worker_download_max_bytes, settings.worker_download_timeout_sec)
         source = Source(
@@ -174,51 +193,68 @@ class InputFetching:
             sha256=request.sha256 or None,
             with_token=request.with_token,
         )
-        total_is_known = False
 
         def watch(done: int, total: int | None) -> None:
-            nonlocal total_is_known
-            if total is not None and not total_is_known:
-                total_is_known = True
-                if self._cache.free_bytes() < total - done:
-                    raise _NoRoomError(total - done)
-            order.listener(done, total)
+            order.audience.tell(done, total)
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # an error would take the place of the cancellation
+                return
+            if total is None and self._cache.room_bytes() == 0:
+                raise OSError(errno.ENOSPC, f"{done} bytes have come and nothing is free, besides a reserve")
+            if total is not None and self._cache.room_bytes() < total - done:
+                raise _NoRoomError(total)
 
         validator = current.record.validator if current else ""
         got = await download(self._link, source, place.folder / "download", limits, watch, validator=validator)
-        if got is None:
-            if current is None:
-                raise RuntimeError("a download without a validator cannot be unchanged")
-            current.touch()
-            return current
-        shown = shown_url(order.url)
-        log.info("input fetched", action="input_fetch", url=shown, bytes=got.size_bytes, sha256=got.sha256)
-        fetched = _Fetched(got.path, order.name, shown, got.validator, got.sha256, got.size_bytes, is_ours=True)
-        return await self._keep(request, order.wanted, place, fetched)
+        if got is not None:
+            shown = shown_url(order.url)
+            log.info("input fetched", action="input_fetch", url=shown, bytes=got.size_bytes, sha256=got.sha256)
+        return got
 
-    async def _keep(self, request: InputRequest, wanted: Wanted, place: Workspace, fetched: _Fetched) -> Pin:
-        """Turn a file into an entry."""
-        content = place.folder / CONTENT
-        payload, kept = CONTENT, fetched.size_bytes
-        if await asyncio.to_thread(is_to_be_unpacked, request, fetched.file):
-            limits = UnpackLimits(total_bytes=self._settings.worker_unpack_max_bytes)
-            kept = await unpack(fetched.file, content, request.archive_format, limits)
-            if fetched.is_ours:
-                await asyncio.to_thread(fetched.file.unlink)
+    async def _keep(self, order: _Order, place: Workspace, got: Downloaded) -> Pin:
+        """Turn a fetched file into an entry."""
+        if await self._threads.stoppable(partial(_is_to_be_unpacked, order.request, got.path)):
+            attempt = partial(self._unpack, order.request, got.path, got.size_bytes, place)
+            await self._with_room(attempt, order.audience)
+            payload = CONTENT
         else:
-            payload = f"{CONTENT}/{fetched.name}"
-            await asyncio.to_thread(_move_into, fetched.file, content, fetched.name)
+            payload = f"{CONTENT}/{order.name}"
+            await self._threads.to_its_end(partial(_move_into, got.path, place.folder / CONTENT, order.name))
         record = CacheRecord(
-            url=fetched.shown,
-            source=wanted.source,
-            form=wanted.form,
-            validator=fetched.validator,
-            sha256=fetched.sha256,
-            fetched_bytes=fetched.size_bytes,
-            kept_bytes=kept,
+            url=shown_url(order.url),
+            source=order.wanted.source,
+            form=order.wanted.form,
+            validator=got.validator,
+            sha256=got.sha256,
+            fetched_bytes=got.size_bytes,
+            kept_bytes=await self._bytes_taken(place),
             payload=payload,
         )
-        return await self._cache.add(place, record)
+        return await self._with_room(partial(self._cache.add, place, record), order.audience)
+
+    async def _unpack(self, request: InputRequest, archive: Path, size_bytes: int, place: Workspace) -> None:
+        """Unpack into a workspace."""
+        room = self._cache.room_bytes()
+        if room < size_bytes:  # hardly any content is smaller than its archive
+            raise _NoRoomError(size_bytes)
+        limits = UnpackLimits(total_bytes=self._settings.worker_unpack_max_bytes, room_bytes=room)
+        await unpack(archive, place.folder / CONTENT, request.archive_format, limits)
+
+    async def _bytes_taken(self, place: Workspace) -> int:
+        return await self._threads.stoppable(lambda _: bytes_taken(place.folder / CONTENT))
+
+
+def _current(pin: Pin | None) -> Pin:
+    """Return what the server says is current."""
+    if pin is None:
+        raise RuntimeError("a download without a validator cannot be unchanged")
+    pin.touch()
+    return pin
+
+
+def _is_to_be_unpacked(request: InputRequest, file: Path, check: CheckWanted) -> bool:
+    check()
+    return is_to_be_unpacked(request, file)
 
 
 def _form(request: InputRequest, name: str) -> str:
@@ -228,6 +264,5 @@ def _form(request: InputRequest, name: str) -> str:
 
 
 def _move_into(file: Path, folder: Path, name: str) -> None:
-    with contextlib.suppress(FileExistsError):  # of an attempt that found no room
-        folder.mkdir()
+    folder.mkdir()
     file.rename(folder / name)

@@ -16,6 +16,7 @@ from typing import Final
 from executors.input_spec import InputKind, InputRequest
 from orchestrator_client.archives.archive_reader import looks_like_archive
 from orchestrator_client.messages import safe_task_id
+from worker.input_threads import CheckWanted
 
 WEIGHTS_SUFFIXES: Final = frozenset({".gguf", ".safetensors", ".bin", ".pt", ".pth"})
 """Files that may be a checkpoint alone."""
@@ -34,7 +35,11 @@ _EXPECTED: Final[dict[InputKind, str]] = {
 }
 _HIDDEN: Final = (".worker", ".cache")
 _MOST_NAMED: Final = 8
+_LONGEST_SHOWN: Final = 200
+_LONGEST_PATH: Final = 4096
+"""Characters; Linux takes no more bytes, and longer ones take minutes to be resolved in vain."""
 _MOST_FOLDERS: Final = 10_000
+_BLOCK: Final = 1024**2
 
 
 class NotUsableError(Exception):
@@ -52,10 +57,15 @@ class NotUsableError(Exception):
 
 @dataclass(frozen=True)
 class LocalInput:
-    """Something found: usable as it is, or an archive that has to be unpacked first."""
+    """Something found: usable as it is, or an archive that has to be unpacked first.
+
+    Attributes:
+        path: where it is.
+        archive_stamp: of an archive: what `stamp_of` said before its digest was looked at; else empty.
+    """
 
     path: Path
-    is_archive: bool = False
+    archive_stamp: str = ""
 
 
 class LocalInputs:
@@ -71,13 +81,14 @@ class LocalInputs:
         self._roots = tuple(root.resolve() for root in roots)
         self._hidden = tuple(self._results_dir / name for name in _HIDDEN)
 
-    def at_path(self, request: InputRequest, path: str, out_dir: Path) -> LocalInput:
+    def at_path(self, request: InputRequest, path: str, out_dir: Path, check: CheckWanted) -> LocalInput:
         """Take one of the request's paths.
 
         Args:
             request: what is wanted.
             path: the candidate.
             out_dir: the task's folder; relative files are looked for there and in its parents.
+            check: ends the look at a large file that nobody waits for any more.
 
         Raises:
             NotUsableError: it does not exist, may not be read, or is no such thing.
@@ -87,12 +98,12 @@ class LocalInputs:
         for candidate in self._places(request.kind, path, out_dir):
             resolved = self._readable(candidate)
             if resolved.exists():
-                return _usable(request, resolved)
-            looked.append(str(resolved))
+                return _usable(request, resolved, check)
+            looked.append(cut(str(resolved)))
         raise NotUsableError(f"does not exist here (looked for {', '.join(looked)})", elsewhere=True)
 
-    def of_task(self, request: InputRequest) -> LocalInput:
-        """Look into the folder of the request's task.
+    def of_task(self, request: InputRequest, check: CheckWanted) -> LocalInput:
+        """Look into the folder of the request's task; `check` as in `at_path`.
 
         Raises:
             NotUsableError: it has nothing of the kind.
@@ -109,10 +120,10 @@ class LocalInputs:
             if not resolved.exists():
                 continue
             try:
-                return _usable(request, resolved)
+                return _usable(request, resolved, check)
             except NotUsableError:
                 continue  # a folder without anything of the kind is as good as none
-        shown = ", ".join("itself" if name == "." else name for name in names) or "a file name to look for"
+        shown = ", ".join("itself" if name == "." else cut(name) for name in names) or "a file name to look for"
         raise NotUsableError(
             f"has nothing with {_EXPECTED[request.kind]} in {folder} (looked at {shown})", elsewhere=True
         )
@@ -130,10 +141,12 @@ class LocalInputs:
 
     def _readable(self, path: Path) -> Path:
         """Resolve a path and make sure that it may be read. Asked before existence, so that answers tell nothing."""
+        if len(str(path)) > _LONGEST_PATH:
+            raise NotUsableError(f"is longer than the {_LONGEST_PATH} characters that a path may have")
         try:
             resolved = path.resolve()
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null character
-            raise NotUsableError(f"cannot be resolved: {error}") from error
+            raise NotUsableError(f"cannot be resolved: {cut(str(error))}") from error
         if not self._is_allowed(resolved):
             raise NotUsableError(
                 "lies outside the folders this worker may read "
@@ -182,23 +195,43 @@ def content_of(request: InputRequest, root: Path) -> Path:
     return root
 
 
-def digest_of_file(path: Path) -> str:
+def stamp_of(file: Path) -> str:
+    """Tell two states of one file apart, without reading it.
+
+    Raises:
+        OSError: it is gone, or may not be looked at.
+    """
+    facts = file.stat()
+    return f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}"
+
+
+def cut(text: str) -> str:
+    """Shorten what came from outside, so that an error stays readable."""
+    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 1] + "…"
+
+
+def _digest_of_file(path: Path, check: CheckWanted) -> str:
     """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            check()
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def _usable(request: InputRequest, path: Path) -> LocalInput:
+def _usable(request: InputRequest, path: Path, check: CheckWanted) -> LocalInput:
     if path.is_dir():
         if request.kind == "file":
             raise NotUsableError("is a folder; expected a file")
         return LocalInput(content_of(request, path))
     if not path.is_file():
         raise NotUsableError("is neither a folder nor an ordinary file")
-    if request.sha256 and (found := digest_of_file(path)) != request.sha256:
+    stamp = stamp_of(path)
+    if request.sha256 and (found := _digest_of_file(path, check)) != request.sha256:
         raise NotUsableError(f"has the SHA-256 digest {found[:12]}…, expected {request.sha256[:12]}…", elsewhere=True)
     if is_to_be_unpacked(request, path):
-        return LocalInput(path, is_archive=True)
+        return LocalInput(path, stamp)
     return LocalInput(content_of(request, path))
 
 
@@ -240,4 +273,4 @@ def _is_weights(name: str) -> bool:
 
 def _named(names: list[str]) -> str:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return (", ".join(names[:_MOST_NAMED]) or "nothing") + more
+    return (", ".join(map(cut, names[:_MOST_NAMED])) or "nothing") + more

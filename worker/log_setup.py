@@ -73,12 +73,17 @@ def _formatter(renderer: Processor, hide: Processor, shared: list[Processor]) ->
 
 
 def _hide_secrets(settings: Settings) -> Processor:
-    """Replace what must not be in a log: the broker's password and the orchestrator's token, wherever they turn up."""
-    url = settings.redis_url.get_secret_value()
-    userinfo = url.partition("://")[2].rpartition("@")[0]
-    password = userinfo.partition(":")[2]
+    """Replace what must not be in a log, wherever it turns up: passwords in our URLs and the orchestrator's token."""
+    # A broker's password may hold a slash; an HTTP path may hold an @.
+    places = [settings.redis_url.get_secret_value().partition("://")[2]]
+    places += [
+        url.partition("://")[2].partition("/")[0]
+        for url in (settings.orchestrator_base_url, settings.results_upload_url)
+    ]
+    userinfos = [place.rpartition("@")[0] for place in places]
     token = settings.orchestrator_token.get_secret_value() if settings.orchestrator_token else ""
-    hidden = [secret for secret in (userinfo, password, token) if len(secret) > 3]
+    secrets = [*userinfos, *(userinfo.partition(":")[2] for userinfo in userinfos), token]
+    hidden = [secret for secret in secrets if len(secret) > 3]
 
     def hide(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
         for key, value in event.items():

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import secrets
 import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_args
-from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from orchestrator_client.connection import check_url, redacted
+from orchestrator_client.errors import AddressError
 from orchestrator_client.messages import WORKER_ID_PATTERN
+from orchestrator_client.transfers.web_addresses import check_pattern, read_address, shown_url
 
 _FALSE_WORDS = frozenset({"0", "false", "no", "off"})
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -191,8 +193,8 @@ class Settings(BrokerSettings):
     )
     worker_allowed_hosts: Words = Field(
         default=(),
-        description="Comma-separated hosts (`name`, `name:port`, `*.domain`) that tasks may send to and fetch from, "
-        "beside those of ORCHESTRATOR_BASE_URL and RESULTS_UPLOAD_URL. Unset: any host.",
+        description="Comma-separated hosts (`name`, `name:port`, `*.domain`; no http://, no path) that tasks may send "
+        "to and fetch from, beside those of ORCHESTRATOR_BASE_URL and RESULTS_UPLOAD_URL. Unset: any host.",
     )
     worker_delivery_patience_sec: float = Field(
         default=86400.0, gt=0, allow_inf_nan=False,
@@ -246,10 +248,30 @@ class Settings(BrokerSettings):
     @classmethod
     def _http_url(cls, value: str) -> str:
         value = value.strip()
-        parts = urlsplit(value)
-        if value and (parts.scheme not in {"http", "https"} or not parts.hostname):
-            raise ValueError("expected an http:// or https:// URL with a host")
-        return value.rstrip("/") if value else value
+        if value:
+            try:
+                read_address(value, what="the URL")
+            except AddressError as error:
+                raise ValueError(str(error)) from error
+        return value.rstrip("/")
+
+    @field_validator("orchestrator_token")
+    @classmethod
+    def _token_of_one_word(cls, value: SecretStr | None) -> SecretStr | None:
+        token = value.get_secret_value().strip() if value else ""  # secret files end with a newline
+        if not re.fullmatch(r"[\x21-\x7e]*", token):
+            raise ValueError("expected printable ASCII characters without blanks")
+        return SecretStr(token) if token else None
+
+    @field_validator("worker_allowed_hosts")
+    @classmethod
+    def _host_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            try:
+                check_pattern(pattern)
+            except AddressError as error:
+                raise ValueError(str(error)) from error
+        return value
 
     @property
     def state_root(self) -> Path:
@@ -318,14 +340,25 @@ def _settings_error(error: ValidationError, *, redis_url: str = "") -> SettingsE
             "(no broker yet? `make demo KEEP=1` runs one and prints its address)"
         )
     value = (redis_url if name == "redis_url" else "") or os.environ.get(variable(name), str(problem["input"]))
-    shown = repr(redacted(value) if name == "redis_url" else "(hidden)" if name in _SECRETS else value)
+    shown = repr(_shown(name, value))
     wanted = problem["msg"].removeprefix("Value error, ")
     return SettingsError(f"{variable(name)}={shown} is not valid: {wanted[:1].lower()}{wanted[1:]}")
+
+
+def _shown(name: str, value: str) -> str:
+    if name == "redis_url":
+        return redacted(value)
+    if name in _SECRETS:
+        return "(hidden)"
+    return shown_url(value) if name in _ADDRESSES or "://" in value else value
 
 
 _SECRETS = frozenset(
     name for name, info in Settings.model_fields.items() if SecretStr in (info.annotation, *get_args(info.annotation))
 )
+_WITH_PASSWORD = frozenset({"orchestrator_base_url", "results_upload_url"})
+"""URLs that may hold a password."""
+_ADDRESSES = _WITH_PASSWORD | {"worker_allowed_hosts"}
 _NOT_OURS = frozenset({"WORKER_ALIAS", "WORKER_HTTP_PORT"})
 """WORKER_* names of other programs on such hosts, and of parts that read them later."""
 
@@ -361,13 +394,17 @@ def demo_environment(changes: Mapping[str, str]) -> dict[str, str]:
 
 
 def engine_environment(*, task_tag: str) -> dict[str, str]:
-    """The environment of engine processes: ours, without secrets, with unbuffered output.
+    """The environment of engine processes: ours, without what may hold secrets of ours, with unbuffered output.
 
     Args:
         task_tag: marks the process and all that it starts, so that leftovers can be found.
     """
-    hidden = {variable(name) for name in _SECRETS}
-    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    hidden = {variable(name) for name in _SECRETS | _WITH_PASSWORD}  # settings are read in either case
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name.upper() not in hidden and not name.upper().startswith("ORCHESTRATOR_")
+    }
     return kept | {"PYTHONUNBUFFERED": "1", "FLOWMESH_ENGINE": task_tag, "TOKENIZERS_PARALLELISM": "false"}
 
 

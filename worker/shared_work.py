@@ -9,14 +9,41 @@ from typing import Generic, TypeVar
 
 ResultT = TypeVar("ResultT")
 
-Listener = Callable[[int, int | None], None]
-"""Hears bytes done, and bytes in all where they are known."""
+
+@dataclass(frozen=True)
+class Listener:
+    """Somebody who waits for a piece of work.
+
+    Attributes:
+        hear: is told bytes done, and bytes in all where they are known.
+        is_urgent: whether a task cannot go on without it at this moment; else it is only done ahead.
+    """
+
+    hear: Callable[[int, int | None], None]
+    is_urgent: Callable[[], bool]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Audience:
+    """All who wait for one piece of work just now."""
+
+    listeners: list[Listener] = field(default_factory=list)
+
+    def tell(self, done: int, total: int | None) -> None:
+        """Tell all how far it is."""
+        for listener in self.listeners:
+            listener.hear(done, total)
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether it is urgent for one of them."""
+        return any(listener.is_urgent() for listener in self.listeners)
+
+
+@dataclass(frozen=True)
 class _Work(Generic[ResultT]):
     running: asyncio.Task[ResultT]
-    listeners: list[Listener] = field(default_factory=list)
+    audience: Audience
 
 
 class SharedWork(Generic[ResultT]):
@@ -33,7 +60,7 @@ class SharedWork(Generic[ResultT]):
         self._works: dict[str, _Work[ResultT]] = {}
 
     async def get(
-        self, key: str, begin: Callable[[Listener], Coroutine[None, None, ResultT]], listener: Listener
+        self, key: str, begin: Callable[[Audience], Coroutine[None, None, ResultT]], listener: Listener
     ) -> ResultT:
         """Join the work with this key, or begin it.
 
@@ -41,25 +68,26 @@ class SharedWork(Generic[ResultT]):
 
         Args:
             key: what it is.
-            begin: the work; it is given something to tell its progress to.
-            listener: hears its progress.
+            begin: the work; it is given those who wait for it.
+            listener: the caller.
 
         Raises:
             Exception: what the work raised.
         """
         work = self._works.get(key)
-        if work is None:
-            listeners: list[Listener] = []
-            work = _Work(asyncio.create_task(begin(lambda done, total: _tell(listeners, done, total))), listeners)
-            self._works[key] = work
-        work.listeners.append(listener)
+        if work is None or work.running.done():  # one that is over may have failed for want of urgency
+            audience = Audience()
+            work = self._works[key] = _Work(asyncio.create_task(begin(audience)), audience)
+        listeners = work.audience.listeners
+        listeners.append(listener)
         try:
             await asyncio.wait({work.running})
             return self._copy(work.running.result())
         finally:
-            work.listeners.remove(listener)
-            if not work.listeners:
-                del self._works[key]
+            listeners.remove(listener)
+            if not listeners:
+                if self._works[key] is work:
+                    del self._works[key]
                 await self._end(work)
 
     async def _end(self, work: _Work[ResultT]) -> None:
@@ -72,8 +100,3 @@ class SharedWork(Generic[ResultT]):
     def _drop_result(self, running: asyncio.Task[ResultT]) -> None:
         if not running.cancelled() and running.exception() is None:
             self._drop(running.result())
-
-
-def _tell(listeners: list[Listener], done: int, total: int | None) -> None:
-    for listener in listeners:
-        listener(done, total)

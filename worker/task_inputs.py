@@ -7,7 +7,7 @@ everything that was tried.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,10 @@ from orchestrator_client.transfers.http_link import HttpLink, shown_url
 from worker.cache_entry import Pin
 from worker.input_cache import InputCache, means_disk_full
 from worker.input_fetching import InputFetching
-from worker.local_inputs import LocalInput, LocalInputs, NotUsableError, content_of
+from worker.input_threads import CheckWanted, InputThreads
+from worker.local_inputs import LocalInput, LocalInputs, NotUsableError, content_of, cut
 from worker.settings import Settings
-from worker.shared_work import Listener, SharedWork
+from worker.shared_work import Audience, Listener, SharedWork
 from worker.task_preparation import PreparedTask, RejectedError
 
 _HINT: Final = (
@@ -85,7 +86,8 @@ class TaskInputs:
     def __init__(self, link: HttpLink, cache: InputCache, settings: Settings) -> None:
         self._cache = cache
         self._local = LocalInputs(settings.results_dir, settings.readable_roots)
-        self._fetching = InputFetching(link, cache, settings)
+        self._threads = InputThreads("inputs")
+        self._fetching = InputFetching(link, cache, settings, self._threads)
         self._sharing: SharedWork[Pin] = SharedWork(Pin.again, Pin.release)
         self._prefetches: dict[str, _Prefetch] = {}
         self._in_use: dict[str, list[_Found]] = {}
@@ -113,7 +115,9 @@ class TaskInputs:
         order = prepared.order
         if not prepared.wants_inputs:
             return order
-        found = await self._prefetched(order.task_id, on_progress) or await self._find_all(prepared, on_progress)
+        found = await self._prefetched(order.task_id, on_progress) or await self._find_all(
+            prepared, on_progress, lambda: True
+        )
         self._in_use.setdefault(order.task_id, []).append(found)
         children = tuple(
             child.model_copy(update={"inputs": found.of_children.get(child.task_id, {})}) for child in order.children
@@ -123,7 +127,8 @@ class TaskInputs:
     def prefetch(self, prepared: PreparedTask) -> None:
         """Begin to fetch for a task that waits; nothing happens while another one's prefetch runs.
 
-        If it fails nobody hears of it: `fetch` tries again.
+        It deletes nothing to have more room on the disk, unless `fetch` joins it. If it fails nobody hears of it:
+        `fetch` tries again; until then, or `release`, it is not repeated.
         """
         task_id = prepared.order.task_id
         busy = any(not prefetch.running.done() for prefetch in self._prefetches.values())
@@ -135,7 +140,7 @@ class TaskInputs:
             for listener in listeners:
                 listener(progress)
 
-        running = asyncio.create_task(self._find_all(prepared, tell))
+        running = asyncio.create_task(self._find_all(prepared, tell, lambda: bool(listeners)))
         prefetch = self._prefetches[task_id] = _Prefetch(running, listeners)
         running.add_done_callback(lambda _: self._prefetch_ended(task_id, prefetch))
 
@@ -160,6 +165,8 @@ class TaskInputs:
         waiting = {*(task for task in ending if not task.done()), *self._tidying}
         if waiting:
             await asyncio.wait(waiting)
+        self._threads.close()
+        self._cache.close()
 
     async def _prefetched(self, task_id: str, on_progress: Callable[[InputProgress], None]) -> _Found | None:
         """Join the task's prefetch; None if there is none, or it failed."""
@@ -187,11 +194,9 @@ class TaskInputs:
         return True
 
     def _prefetch_ended(self, task_id: str, prefetch: _Prefetch) -> None:
-        if not _succeeded(prefetch.running):
-            if self._prefetches.get(task_id) is prefetch and not prefetch.listeners:
-                del self._prefetches[task_id]
-        elif self._prefetches.get(task_id) is not prefetch and not prefetch.listeners:
-            prefetch.running.result().release()  # it was forgotten in the moment in which it succeeded
+        forgotten = self._prefetches.get(task_id) is not prefetch and not prefetch.listeners
+        if _succeeded(prefetch.running) and forgotten:  # in the moment in which it succeeded
+            prefetch.running.result().release()
 
     def _tidy(self, work: Callable[[], Awaitable[None]]) -> None:
         """Tidy the cache in the background."""
@@ -206,14 +211,17 @@ class TaskInputs:
         self._tidying.add(tidying)
         tidying.add_done_callback(self._tidying.discard)
 
-    async def _find_all(self, prepared: PreparedTask, on_progress: Callable[[InputProgress], None]) -> _Found:
+    async def _find_all(
+        self, prepared: PreparedTask, on_progress: Callable[[InputProgress], None], is_urgent: Callable[[], bool]
+    ) -> _Found:
         found = _Found()
         known: dict[str, Path] = {}
         try:
             for of_whom, out_dir, request in _requests(prepared):
                 key = _key(request, out_dir)
                 if key not in known:
-                    known[key] = await self._find(request, out_dir, on_progress, found.pins)
+                    listener = Listener(partial(_report, on_progress, request.name), is_urgent)
+                    known[key] = await self._find(request, out_dir, listener, found.pins)
                 inputs = found.inputs if of_whom is None else found.of_children.setdefault(of_whom, {})
                 inputs[request.name] = known[key]
         except BaseException:
@@ -221,9 +229,7 @@ class TaskInputs:
             raise
         return found
 
-    async def _find(
-        self, request: InputRequest, out_dir: Path, on_progress: Callable[[InputProgress], None], pins: list[Pin]
-    ) -> Path:
+    async def _find(self, request: InputRequest, out_dir: Path, listener: Listener, pins: list[Pin]) -> Path:
         """Try everything in order.
 
         Raises:
@@ -231,16 +237,12 @@ class TaskInputs:
         """
         tried: list[str] = []
         hopeful = False
-
-        def listener(done: int, total: int | None) -> None:
-            on_progress(InputProgress(request.name, done, total))
-
         for what, attempt in self._candidates(request, out_dir, listener):
             try:
                 found = await attempt()
                 if isinstance(found, Pin):
                     pins.append(found)
-                    found = await asyncio.to_thread(_content_of_entry, request, found)
+                    found = await self._threads.stoppable(partial(_content_of_entry, request, found))
             except NotUsableError as error:
                 hopeful = hopeful or error.elsewhere
                 tried.append(_said(what, error))
@@ -264,25 +266,30 @@ class TaskInputs:
         """Every place to look at, with its name for people."""
         for path in request.paths:
             look = partial(self._local.at_path, request, path, out_dir)
-            yield f"path {path!r}", partial(self._on_disk, request, look)
+            yield f"path {cut(repr(path))}", partial(self._on_disk, request, look, listener)
         if request.task_id:
             look = partial(self._local.of_task, request)
-            yield f"taskId {request.task_id!r}", partial(self._on_disk, request, look)
+            yield f"taskId {cut(repr(request.task_id))}", partial(self._on_disk, request, look, listener)
         if request.url or (request.task_id and request.filename):
-            shown = shown_url(request.url) if request.url else f"of file {request.filename!r}"
+            shown = shown_url(request.url) if request.url else f"of file {cut(repr(request.filename))}"
             yield f"url {shown}", partial(self._over_http, request, listener)
 
-    async def _on_disk(self, request: InputRequest, look: Callable[[], LocalInput]) -> Path | Pin:
-        found = await asyncio.to_thread(look)
-        if not found.is_archive:
+    async def _on_disk(
+        self, request: InputRequest, look: Callable[[CheckWanted], LocalInput], listener: Listener
+    ) -> Path | Pin:
+        found = await self._threads.stoppable(look)
+        if not found.archive_stamp:
             return found.path
-        key = f"{found.path} {_key(request, None)}"
-        return await self._sharing.get(key, lambda _: self._fetching.from_archive(request, found.path), _ignore)
+
+        def begin(audience: Audience) -> Coroutine[None, None, Pin]:
+            return self._fetching.from_archive(request, found.path, found.archive_stamp, audience)
+
+        return await self._sharing.get(f"{found.path} {found.archive_stamp} {_key(request, None)}", begin, listener)
 
     async def _over_http(self, request: InputRequest, listener: Listener) -> Pin:
         url = self._fetching.url_of(request)
         key = f"{url} {_key(request, None)}"
-        return await self._sharing.get(key, lambda tell: self._fetching.from_url(request, url, tell), listener)
+        return await self._sharing.get(key, lambda audience: self._fetching.from_url(request, url, audience), listener)
 
 
 def _requests(prepared: PreparedTask) -> Iterator[tuple[str | None, Path, InputRequest]]:
@@ -301,7 +308,8 @@ def _key(request: InputRequest, out_dir: Path | None) -> str:
     return f"{place} {request.model_dump(exclude={'name'})!r}"
 
 
-def _content_of_entry(request: InputRequest, pin: Pin) -> Path:
+def _content_of_entry(request: InputRequest, pin: Pin, check: CheckWanted) -> Path:
+    check()
     root = content_root(pin.path, request.subdir or None) if pin.unpacked else pin.path
     return content_of(request, root)
 
@@ -324,5 +332,5 @@ def _succeeded(task: asyncio.Task[_Found]) -> bool:
     return task.done() and not task.cancelled() and task.exception() is None
 
 
-def _ignore(done: int, total: int | None) -> None:
-    del done, total
+def _report(on_progress: Callable[[InputProgress], None], name: str, done: int, total: int | None) -> None:
+    on_progress(InputProgress(name, done, total))

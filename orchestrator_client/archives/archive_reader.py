@@ -12,11 +12,15 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
 from pydantic import BaseModel, ValidationError
 
+from orchestrator_client.archives.archive_reader_folder import shown
 from orchestrator_client.archives.archive_reader_formats import (
     ArchiveFormat,
     UnpackLimits,
@@ -65,7 +69,8 @@ async def unpack(
     Raises:
         ArchiveError: it is no archive, broken, cut off, or not of that format.
         UnsafeArchiveError: it would write outside, holds a device, or is more than the limits, or memory, allow.
-        OSError: the disk; with ENOSPC if it is full, EEXIST if `target` exists.
+        OSError: the disk; with ENOSPC if it is full, or would take more than `limits.room_bytes`; EEXIST if `target`
+            exists.
     """
     await asyncio.to_thread(choose_format, archive, archive_format)  # most wrong files need no process to be refused
     request = _request(archive, target, archive_format, limits)
@@ -84,7 +89,7 @@ async def unpack(
         if not unpacked:
             # A killed process leaves its folder. If that cannot be removed now, the next unpacking tries it again.
             with contextlib.suppress(OSError):
-                await asyncio.to_thread(remove_leftovers, target)
+                await _in_own_thread(partial(remove_leftovers, target))
     if answer.kind == "unsafe":
         raise UnsafeArchiveError(answer.text)
     if answer.kind == "archive":
@@ -125,7 +130,9 @@ def _subfolder(unpacked: Path, subdir: str) -> Path:
         return folder
     names = sorted(path.name for path in unpacked.iterdir())
     there = ", ".join(repr(name) for name in names[:_MOST_SHOWN]) + (" and more" if len(names) > _MOST_SHOWN else "")
-    raise ArchiveError(f"subdir {subdir!r} is no folder inside the archive; at the top it holds {there or 'nothing'}")
+    raise ArchiveError(
+        f"subdir {shown(subdir)} is no folder inside the archive; at the top it holds {there or 'nothing'}"
+    )
 
 
 def _request(archive: Path, target: Path, archive_format: ArchiveFormat, limits: UnpackLimits) -> bytes:
@@ -136,6 +143,15 @@ def _request(archive: Path, target: Path, archive_format: ArchiveFormat, limits:
         "limits": dataclasses.asdict(limits),
     }
     return json.dumps(request).encode() + b"\n"
+
+
+async def _in_own_thread(call: Callable[[], None]) -> None:
+    """Run what may take long: the event loop's own threads are for what is short."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="unpack")
+    try:
+        await asyncio.get_running_loop().run_in_executor(thread, call)
+    finally:
+        thread.shutdown(wait=False)
 
 
 async def _run_child(request: bytes) -> tuple[int, bytes]:

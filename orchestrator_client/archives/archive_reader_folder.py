@@ -7,13 +7,14 @@ made last. So no file is ever written through a link.
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from orchestrator_client.archives.archive_reader_formats import RATIO_FREE_BYTES, UnpackLimits
+from orchestrator_client.archives.archive_reader_formats import MEMBER_BYTES, RATIO_FREE_BYTES, UnpackLimits
 from orchestrator_client.errors import UnsafeArchiveError
 
 _LONGEST_PART: Final = 255
@@ -24,6 +25,8 @@ _DEEPEST: Final = 100
 """Folders in each other; removing a deeper tree needs more open files than a process may have."""
 _MOST_HOPS: Final = 40
 """Links that lead to links; Linux follows no more either."""
+_MOST_STEPS: Final = 1_000_000
+"""Parts of all links' paths, and of those they lead through; walking that many takes less than a second."""
 _HEADER_ALLOWANCE: Final = 4096
 """Bytes that a member may take in the archive besides its content."""
 _SHOWN_NAME: Final = 200
@@ -49,6 +52,7 @@ class Allowance:
         self._entries += 1
         if self._entries > self._limits.files:
             raise refusal(name, f"the archive holds more than {self._limits.files} members")
+        self._check_room()
 
     def decompress(self, size: int, name: str) -> None:
         """Count bytes that come out of the decompressor, whatever they are for."""
@@ -63,6 +67,14 @@ class Allowance:
         if self.written > self._limits.total_bytes:
             raise self._too_large(name)
         self._check_ratio(self.written, name)
+        self._check_room()
+
+    def _check_room(self) -> None:
+        room = self._limits.room_bytes
+        if room is not None and self.written + self._entries * MEMBER_BYTES > room:
+            raise OSError(
+                errno.ENOSPC, f"the content needs more than the {room} bytes that are free, but for a reserve"
+            )
 
     def _too_large(self, name: str) -> UnsafeArchiveError:
         return refusal(name, f"the archive unpacks to more than the {self._limits.total_bytes} bytes that are allowed")
@@ -161,8 +173,9 @@ class ConfinedFolder:
             UnsafeArchiveError: a link leads out of the folder.
             OSError: the disk.
         """
+        steps = 0
         for place in self._links:
-            self._follow(place)
+            steps = self._follow(place, steps)
         for place, to in self._links.items():
             (self._root / place).symlink_to(to)
         for place, kind in self._kinds.items():
@@ -197,16 +210,26 @@ class ConfinedFolder:
             elif there is not _Kind.FOLDER:
                 raise refusal(name, f"it needs a folder where an earlier member has made {there.value}")
 
-    def _follow(self, place: str) -> None:
+    def _follow(self, place: str, steps: int) -> int:
         """Walk a link as the kernel would, through the other links, and refuse it if it gets out or never ends.
 
         Comparing texts is not enough: with `a/b -> ..`, the path `a/b/..` is outside, though it reads as `a`.
+
+        Args:
+            place: the link.
+            steps: how many were made for other links.
+
+        Returns:
+            How many they are now.
         """
         here: list[str] = []
         left = place.split("/")[::-1]
         hops = 0
         while left:
             part = left.pop()
+            steps += 1
+            if steps > _MOST_STEPS:
+                raise refusal(place, f"its symbolic links have more than {_MOST_STEPS} parts to follow")
             if part == "..":
                 if not here:
                     raise refusal(place, f"it is a symbolic link to {shown(self._links[place])}, outside the archive")
@@ -220,6 +243,7 @@ class ConfinedFolder:
                     left += to.split("/")[::-1]
             if hops > _MOST_HOPS or len(here) > _DEEPEST:
                 raise refusal(place, f"it is a symbolic link to {shown(self._links[place])}, which leads nowhere")
+        return steps
 
 
 def refusal(name: str, why: str) -> UnsafeArchiveError:

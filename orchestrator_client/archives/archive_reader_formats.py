@@ -35,16 +35,21 @@ class UnpackLimits:
         files: members of any kind, and folders that only members' names mention.
         ratio: unpacked size divided by the archive's; counts once more than `RATIO_FREE_BYTES` are unpacked.
         seconds: how long it may take.
+        room_bytes: how much of the disk it may take; None: all that is free.
     """
 
     total_bytes: int = 256 * 1024**3
     files: int = 100_000
     ratio: float = 200.0
     seconds: float = 3600.0
+    room_bytes: int | None = None
 
 
 RATIO_FREE_BYTES: Final = 256 * 1024**2
 """As long as no more than this is unpacked, no ratio is too high: an honest small archive may hold a file of zeros."""
+
+MEMBER_BYTES: Final = 4096
+"""What a member takes on the disk besides its content, about: file systems use whole blocks."""
 
 
 class _Decompressor(Protocol):

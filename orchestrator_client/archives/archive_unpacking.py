@@ -17,7 +17,7 @@ import shutil
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Final, Protocol, cast
 
@@ -323,10 +323,13 @@ def _unpack_zip_member(zipped: zipfile.ZipFile, member: zipfile.ZipInfo, folder:
         to = b"".join(_zip_content(zipped, member, _LONGEST_LINK))
         folder.add_symbolic_link(name, os.fsdecode(to))
     else:
-        folder.add_file(name, _zip_content(zipped, member), executable=bool(mode & stat.S_IXUSR))
+        with contextlib.closing(_zip_content(zipped, member)) as content:
+            folder.add_file(name, content, executable=bool(mode & stat.S_IXUSR))
 
 
-def _zip_content(zipped: zipfile.ZipFile, member: zipfile.ZipInfo, most: int | None = None) -> Iterator[bytes]:
+def _zip_content(
+    zipped: zipfile.ZipFile, member: zipfile.ZipInfo, most: int | None = None
+) -> Generator[bytes, None, None]:
     where = f"in member {shown(member.orig_filename)}"
     size = 0
     with contextlib.ExitStack() as stack:

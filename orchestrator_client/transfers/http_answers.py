@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urljoin
@@ -26,6 +25,8 @@ _TRY_AGAIN: Final = frozenset({408, 425, 429})
 _MOST_EXCERPT_BYTES: Final = 8192
 _LONGEST_RETRY_AFTER_SEC: Final = 3600.0
 _DIGITS: Final = re.compile(r"[0-9]{1,12}")
+_HTTP_DATE: Final = "%a, %d %b %Y %H:%M:%S GMT"
+"""The one form that is sent since 1999. `email.utils` reads more, and hostile dates end in foreign errors there."""
 
 
 def retry_after_sec(headers: Mapping[str, str]) -> float | None:
@@ -37,10 +38,10 @@ def retry_after_sec(headers: Mapping[str, str]) -> float | None:
         wanted = float(text)
     else:
         try:
-            when = parsedate_to_datetime(text)
+            when = datetime.strptime(text, _HTTP_DATE).replace(tzinfo=UTC)
         except ValueError:
             return None  # the usual pause is as good as any
-        wanted = ((when if when.tzinfo else when.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
+        wanted = (when - datetime.now(UTC)).total_seconds()
     return math.ceil(min(max(wanted, 0.0), _LONGEST_RETRY_AFTER_SEC))
 
 

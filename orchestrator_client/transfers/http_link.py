@@ -7,7 +7,7 @@ import contextlib
 import logging
 import re
 import ssl
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -165,14 +165,14 @@ class HttpLink:
         if method.upper() not in _METHODS:
             raise RefusedError(f"the method {method[:20]!r} is not used: expected POST, PUT or PATCH")
         replaced = _OURS | {name.lower() for name in own}
-        complete = [(name, value) for name, value in _checked(headers) if name.lower() not in replaced]
+        complete = [(name, value) for name, value in _checked(headers.items()) if name.lower() not in replaced]
         given = [value for name, value in complete if name.lower() not in _NO_SECRET]
         if not any(name.lower() == "authorization" for name, _ in complete):
             if address.credentials:
                 complete.append(("Authorization", address.credentials))
             elif with_token and self._token and address.origin in self._trusted:
-                complete.append(("Authorization", f"Bearer {self._token}"))
-        complete += [(name, value) for name, value in own.items() if value]
+                complete += _checked([("Authorization", f"Bearer {self._token}")])
+        complete += _checked((name, value) for name, value in own.items() if value)
         words = [word for value in (*given, address.credentials) for word in (value, *value.split())]
         secrets = (self._token, *address.secrets, *(word for word in words if len(word) >= 6))
         return HttpCall(
@@ -193,6 +193,7 @@ class HttpLink:
         Raises:
             TransferError: the network or the peer failed.
             AddressError: httpx reads the URL in another way than we do.
+            RefusedError: the request cannot be put together; it would be the same the next time.
         """
         import httpx  # noqa: PLC0415 - the daemon starts without it
 
@@ -216,6 +217,8 @@ class HttpLink:
                 yield answer
             finally:
                 await answer.aclose()
+        except httpx.LocalProtocolError:
+            raise RefusedError(f"{call.shown} cannot be put together: look at its headers and URL") from None
         except httpx.TransportError as error:
             # Not chained: httpx's and h11's errors may quote a header.
             raise TransferError(f"{call.shown} failed: {_described(error, call, stall_sec)}") from None
@@ -282,9 +285,9 @@ async def _keep_location_unread(answer: httpx.Response) -> None:
     answer.extensions[LOCATION] = answer.headers.pop("location", "")
 
 
-def _checked(headers: Mapping[str, str]) -> list[tuple[str, str]]:
+def _checked(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     found = []
-    for name, value in headers.items():
+    for name, value in headers:
         if not _TOKEN.fullmatch(name):
             raise RefusedError(f"the header name {name[:60]!r} cannot be sent: expected letters, digits and dashes")
         stripped = value.strip(" \t")
@@ -306,7 +309,5 @@ def _described(error: httpx.TransportError, call: HttpCall, stall_sec: float) ->
             return f"no answer for {stall_sec:g} s"
         case httpx.WriteTimeout():
             return f"the peer took no data for {stall_sec:g} s"
-        case httpx.LocalProtocolError():
-            return "the request could not be put together"
         case _:
             return call.clean(str(error)) or "the connection broke"

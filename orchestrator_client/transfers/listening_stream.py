@@ -3,6 +3,9 @@
 A server that refuses a large body (413, 401) may answer after the headers and close. httpx reads nothing before it has
 sent everything, or has failed to; by then the answer can be lost with the connection, and a refusal for good would look
 like a broken network. This module is imported only with httpx, see `http_link`.
+
+It reaches into private parts of httpx and httpcore: `AsyncClient._transport` and `_mounts`, `AsyncHTTPTransport._pool`,
+`AsyncConnectionPool._network_backend`. They were checked with httpx 0.28.1 and httpcore 1.0.9.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from typing import Any, Final
 
 import httpcore
 import httpx
+import structlog
+
+log = structlog.get_logger()
 
 _READ_BYTES: Final = 65536
 _GO_ON: Final = re.compile(rb"HTTP/1\.[01] [12]")
@@ -26,12 +32,21 @@ def listen_while_sending(client: httpx.AsyncClient) -> None:
     """Let all connections of a client, those to proxies too, be `ListeningStream`s.
 
     httpcore takes a network backend, but httpx offers no way to hand one in; hence the private names. If they change,
-    this fails at once and loudly.
+    everything works but the early answer, and a warning says so.
     """
-    for transport in (client._transport, *client._mounts.values()):  # noqa: SLF001 - see above
-        if isinstance(transport, httpx.AsyncHTTPTransport):
-            pool = transport._pool  # noqa: SLF001 - see above
-            pool._network_backend = ListeningBackend(pool._network_backend)  # noqa: SLF001 - see above
+    try:
+        for transport in (client._transport, *client._mounts.values()):  # noqa: SLF001 - see above
+            if isinstance(transport, httpx.AsyncHTTPTransport):
+                pool = transport._pool  # noqa: SLF001 - see above
+                pool._network_backend = ListeningBackend(pool._network_backend)  # noqa: SLF001 - see above
+    except AttributeError as error:
+        log.warning(
+            "this httpx is not the one that we know: a refusal during an upload may be seen as a broken connection",
+            action="http",
+            httpx=httpx.__version__,
+            httpcore=httpcore.__version__,
+            error=str(error),
+        )
 
 
 class ListeningBackend(httpcore.AsyncNetworkBackend):

@@ -11,9 +11,10 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from orchestrator_client.errors import AddressError
 
 _PORTS: Final = {"http": 80, "https": 443}
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _HOST: Final = re.compile(r"(?!.{254})([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _IPV6: Final = re.compile(r"[0-9a-f:.]+")
+_QUERY_NAME: Final = re.compile(r"[\w.\[\]-]{1,60}")
 _LONGEST_SHOWN: Final = 300
 _SHORTEST_SECRET: Final = 4
 """Cutting out every "1" of a text would make it unreadable."""
@@ -82,16 +83,41 @@ def is_allowed(origin: Origin, patterns: tuple[str, ...]) -> bool:
     return any(_fits(origin, pattern.lower()) for pattern in patterns)
 
 
+def check_pattern(pattern: str) -> None:
+    """Look whether a pattern for `is_allowed` can fit anything.
+
+    Raises:
+        AddressError: it is none of the forms; the text shows them.
+    """
+    name = pattern.removeprefix("*.")
+    bare_ipv6 = name.count(":") > 1 and "[" not in name
+    try:
+        read_address(f"http://[{name}]" if bare_ipv6 else f"http://{name}", what="the pattern")
+        is_host = not re.search(r"[/?#@]", pattern)
+    except AddressError:
+        is_host = False
+    if not is_host:
+        raise AddressError(
+            f"{shown_url(pattern)!r} is no host: expected `name`, `name:port` or `*.domain` without http:// and path, "
+            "for instance orch.example:8000"
+        )
+
+
 def shown_url(url: str) -> str:
     """A URL for logs, errors and results: no userinfo, query values as ***, at most 300 characters, one line."""
+    plain = _CONTROL.sub("", url)
+    start, _, query = plain.partition("#")[0].partition("?")
     try:
-        parts = urlsplit(_CONTROL.sub("", url))
-        netloc = parts.netloc.rpartition("@")[2]
+        parts = urlsplit(plain)
+        parts.port  # noqa: B018 - raises ValueError for a port that is none
     except ValueError:
-        return "(an address that cannot be read)"
-    shown = f"{parts.scheme}://{netloc}{parts.path}" if netloc else f"{parts.scheme}:…" if parts.scheme else parts.path
-    if parts.query:
-        shown += "?" + "&".join(_shown_pair(pair) for pair in parts.query.split("&"))
+        parts = SplitResult("", "", "", "", "")
+    if parts.netloc:
+        path = re.sub(r"://.*", "://…", parts.path)  # a second URL within it has secrets of its own
+        start = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"
+    elif "@" in plain:  # nobody can tell where its userinfo ends: `http://me:pass/word@host` has the port "pass"
+        return f"{parts.scheme}:…" if parts.scheme else "(an address that cannot be read)"
+    shown = start + ("?" + "&".join(_shown_pair(pair) for pair in query.split("&")) if query else "")
     return shown if len(shown) <= _LONGEST_SHOWN else shown[:_LONGEST_SHOWN] + "…"
 
 
@@ -111,7 +137,7 @@ def without_secrets(text: str, secrets: tuple[str, ...]) -> str:
 
 def _shown_pair(pair: str) -> str:
     name, equals, _ = pair.partition("=")
-    return f"{name}=***" if equals else "***"
+    return f"{name}=***" if equals and _QUERY_NAME.fullmatch(name) else "***"
 
 
 def _fits(origin: Origin, pattern: str) -> bool:

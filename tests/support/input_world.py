@@ -89,6 +89,10 @@ class World:
             child_inputs={name: (request,) for name, request in given.items()},
         )
 
+    def orch_file(self, name: str, task_id: str = "77aa") -> Path:
+        """Where the server has a file."""
+        return self.results.parent / "orchestrator" / task_id / "artifacts" / name
+
     @property
     def entries(self) -> list[Path]:
         return [path for path in (self.results / ".cache").iterdir() if len(path.name) == 64]

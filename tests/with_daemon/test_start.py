@@ -45,6 +45,9 @@ def test_without_a_broker_address_it_says_how_to_get_one(tmp_path: Path):
         ("WORKER_NETWORK_BANDWIDTH_BYTES_PER_SEC", "0", "greater than 0"),
         ("LOG_FORMAT", "xml", "'auto', 'pretty' or 'json'"),
         ("EXECUTOR_IDLE_TTL_SEC", "-3", "greater than or equal to 0"),
+        ("ORCHESTRATOR_BASE_URL", "http://host:99999", "correct its host or port"),
+        ("RESULTS_UPLOAD_URL", "http://ho st/x", "no usable host"),
+        ("WORKER_ALLOWED_HOSTS", "https://orch.example/", "without http:// and path"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(tmp_path: Path, name: str, value: str, allowed: str):
@@ -54,8 +57,17 @@ def test_a_bad_value_is_named_with_what_is_allowed(tmp_path: Path, name: str, va
     assert allowed in line
 
 
-def test_a_password_in_a_bad_address_is_not_shown(tmp_path: Path):
-    code, line = refused(tmp_path, REDIS_URL="redis://me:hunter22@h:port/0")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("REDIS_URL", "redis://me:hunter22@h:port/0"),
+        ("ORCHESTRATOR_BASE_URL", "ftp://u:hunter22@h"),
+        ("RESULTS_UPLOAD_URL", "http://u:hunter22@[::1"),
+        ("ORCHESTRATOR_TOKEN", "hunter22 hunter22"),
+    ],
+)
+def test_a_secret_in_a_bad_value_is_not_shown(tmp_path: Path, name: str, value: str):
+    code, line = refused(tmp_path, **({"REDIS_URL": NOWHERE} | {name: value}))
     assert code == 78
     assert "hunter22" not in line
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+import structlog
 from http_orchestrator import HttpOrchestrator
 from pydantic import SecretStr
 
@@ -21,9 +26,12 @@ from orchestrator_client.transfers.http_link import (
     HttpLink,
     HttpPolicy,
     _certificates,
+    _new_client,
     shown_url,
     with_patience,
 )
+from orchestrator_client.transfers.listening_stream import ListeningBackend
+from orchestrator_client.transfers.web_addresses import check_pattern, is_allowed, read_address
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -88,7 +96,15 @@ def test_allowed_hosts(url: str, *, allowed: bool):
         ("http://u:secret@h:8/p?sig=secret&secret#f", "http://h:8/p?sig=***&***"),
         ("http://h/p", "http://h/p"),
         ("http://h/a\nb", "http://h/ab"),
-        ("http://[", "(an address that cannot be read)"),
+        ("http://[", "http://["),
+        ("http://u:secret@[", "(an address that cannot be read)"),
+        ("http://u:secret/x@h/", "(an address that cannot be read)"),
+        ("http://h:99999/x?sig=secret", "http://h:99999/x?sig=***"),
+        ("u_x:secret@h/", "(an address that cannot be read)"),
+        ("http:///x", "http:///x"),
+        ("http://h/to/http://u:secret@g/", "http://h/to/http://…"),
+        ("http://h/?a to http://u:secret@h/x?q=1", "http://h/?***"),
+        ("http://h/?q=1;http://u:secret@h", "http://h/?q=***"),
         ("mailto:secret@x", "mailto:…"),
         ("http://h/" + "x" * 400, "http://h/" + "x" * 291 + "…"),
     ],
@@ -177,6 +193,68 @@ def test_httpx_is_imported_at_the_first_request_only():
         "assert not {'httpx', 'httpcore', 'h11'} & sys.modules.keys(), 'too early'"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("token", ["s3cret\n", "s3cret…", "s3\x00cret"])
+def test_a_token_that_cannot_be_sent_is_a_refusal_without_it(token: str):
+    link = HttpLink(HttpPolicy(base_url="http://base.example", token=SecretStr(token)))
+    with pytest.raises(RefusedError, match="'Authorization' cannot be sent") as caught:
+        link.prepare("GET", "http://base.example/x", {}, own={})
+    assert "cret" not in str(caught.value)
+
+
+async def test_a_request_that_cannot_be_put_together_is_not_tried_again(orch: HttpOrchestrator, link: HttpLink):
+    call = link.prepare("GET", orch.results_url, {}, own={})
+    with pytest.raises(RefusedError, match=r"GET .* cannot be put together") as caught:
+        async with link.exchange(replace(call, headers=(("X-Key", "s3cret\ns3cret"),)), None, stall_sec=5):
+            pass
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["a.b", "A_b.c:80", "*.cdn.example", "*.cdn.example:8", "[::1]:9", "[::1]", "::1"])
+def test_a_pattern_that_fits_something(pattern: str):
+    check_pattern(pattern)
+    host = pattern.replace("*", "x") if pattern != "::1" else "[::1]"
+    assert is_allowed(read_address(f"http://{host}", what="x").origin, (pattern,))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["https://orch.example/", "orch.example/", "h:port", "h:99999", "*", "*.", "", "u@h", "h?x", "[::1", "é"]
+)
+def test_a_pattern_that_fits_nothing_is_refused_with_the_right_form(pattern: str):
+    with pytest.raises(AddressError, match=r"`name`, `name:port` or `\*\.domain` without http://"):
+        check_pattern(pattern)
+
+
+async def test_connections_listen_while_they_send():
+    """The private names of httpx are what they were: see `listening_stream`."""
+    client = await asyncio.to_thread(_new_client)
+    assert isinstance(client._transport._pool._network_backend, ListeningBackend)
+    await client.aclose()
+
+
+class OtherTransport(httpx.AsyncHTTPTransport):
+    """Has another name for its pool until the first request."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - httpx's own arguments
+        super().__init__(**options)
+        self._other = self.__dict__.pop("_pool")
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self._pool = self._other
+        return await super().handle_async_request(request)
+
+
+async def test_another_httpx_is_a_warning_and_sends_all_the_same(
+    orch: HttpOrchestrator, link: HttpLink, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("httpx._client.AsyncHTTPTransport", OtherTransport)
+    with structlog.testing.capture_logs() as logs:
+        call = link.prepare("GET", f"{orch.base_url}/healthz", {}, own={})
+        async with link.exchange(call, None, stall_sec=5) as answer:
+            assert answer.status_code == 200
+        await link.aclose()
+    assert [(record["log_level"], record["httpx"]) for record in logs] == [("warning", httpx.__version__)]
 
 
 async def test_what_is_called_is_what_was_checked(orch: HttpOrchestrator, link: HttpLink):
@@ -313,8 +391,6 @@ async def test_patience_is_over_when_the_peer_wants_longer_than_that():
 
 
 def test_a_redirect_from_https_to_http_is_refused():
-    import httpx  # noqa: PLC0415 - like the code under test
-
     call = HttpLink(HttpPolicy()).prepare("GET", "https://h.example/x", {}, own={})
     for place in ("http://h.example/x?sig=s3cret", "HTTP://other.example/y"):
         with pytest.raises(RefusedError, match="from https to") as caught:

@@ -206,3 +206,9 @@ def test_two_quantisations_are_refused():
 )
 def test_impossible_sampling_values_are_refused(options: dict[str, object]):
     assert list(errors_of(spec_dict(inference=options))) == [("inference", next(iter(options)))]
+
+
+def test_a_url_is_no_model_name_and_points_to_the_checkpoint():
+    source = {"source": {"identifier": "https://user:secret@host/model"}}
+    errors = errors_of(spec_dict(model=source))
+    assert "checkpoint.load" in errors["model", "source", "identifier"]

@@ -232,3 +232,28 @@ def test_the_identity_knows_what_matters_and_no_secret():
         {"archive_format": "none"}, {"filename": "f"}, {"base_url": "http://h"},
     ]  # fmt: skip
     assert len({identity(), *(identity(**change) for change in changed)}) == len(changed) + 1
+
+
+@pytest.mark.parametrize(
+    ("given", "headers"), [(None, {}), ({"X-Key": None}, {}), ({"X-Key": None, "X-Trace": "7"}, {"X-Trace": "7"})]
+)
+def test_a_null_header_is_not_sent(given: object, headers: dict[str, str]):
+    assert checkpoint(url="http://h/x", headers=given, timeoutSec=None).headers == headers
+    assert jsonl(url="http://h/x", headers=given, timeoutSec=None).headers == headers
+    assert jsonl(url="http://h/x", download_headers=given, download_timeoutSec=None).headers == headers
+    spec = Spec.model_validate({"output": {"destination": {"url": "http://h/x", "headers": given, "timeoutSec": None}}})
+    assert (spec.output.destination.headers, spec.output.destination.timeout_sec) == (headers, None)
+
+
+def test_a_null_takes_a_value_back_everywhere():
+    plain = Spec.model_validate({})
+    for taken_back in (
+        {"output": None},
+        {"output": {"destination": None, "artifacts": None}},
+        {"output": {"destination": {"type": None, "path": None, "url": None, "method": None}}},
+        {"resources": None, "enforce_cpu": None, "timeoutSec": None, "_upstreamResults": None, "taskType": None},
+    ):
+        spec = Spec.model_validate(taken_back)
+        assert (spec.output, spec.timeout_sec, spec.enforce_cpu) == (plain.output, None, False), taken_back
+        assert unknown_keys(spec) == []
+    assert Spec.model_validate({"resources": {"hardware": None, "replicas": None}}).resources is not None

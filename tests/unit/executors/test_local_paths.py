@@ -101,3 +101,31 @@ def test_a_hidden_root_that_the_operator_allows_is_readable(root: Path):
     (hidden / "data.jsonl").write_text("{}")
     allowed = EnginePolicy(allowed_roots=(root, hidden))
     assert find_local(str(hidden / "data.jsonl"), "f", allowed) == hidden / "data.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("https://user:hunter2secret@host/m", "'https://***@host/m'"),
+        ("https://host/m?sig=hunter2secret", "'https://host/m?sig=***'"),
+        ("./https://user:hunter2secret@host/m.json", "'./https://***@host/m.json'"),
+    ],
+)
+def test_a_url_is_named_without_its_secrets(value: str, shown: str, root: Path):
+    with pytest.raises(BadSpecError) as caught:
+        find_local(value, "spec.model.source.identifier", policy(root))
+    assert f"spec.model.source.identifier is {shown}" in caught.value.message
+    assert "hunter2secret" not in caught.value.message + caught.value.hint
+
+
+@pytest.mark.parametrize("value", ["./" + "b" * 100_000, "c/" * 50_000, "/" + "d" * 300])
+def test_a_name_that_is_too_long_for_a_path_is_a_short_error(value: str, root: Path):
+    with pytest.raises(BadSpecError, match=r"spec\.x is ") as caught:
+        find_local(value, "spec.x", policy(root))
+    assert len(caught.value.message) < 1000 + len(str(root))
+
+
+def test_a_long_name_below_the_root_is_no_crash(root: Path):
+    assert find_local("a" * 300, "spec.x", policy(root)) is None  # the hub may have it
+    with pytest.raises(BadSpecError, match=r"spec\.x is "):
+        confine("e" * 300, "spec.x", policy(root))

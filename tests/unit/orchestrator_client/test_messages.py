@@ -121,3 +121,34 @@ def test_what_may_be_a_secret_is_not_repeated():
     assert "sk-" not in text
     assert "spec.headers is (hidden)" in text
     assert "spec.size is 'big'" in text
+
+
+class Place(BaseModel):
+    url: str
+    values: dict[str, int] = {}
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ({"url": ["http://u:hunter2@h/x"]}, "spec.url is ['http://h/x']"),
+        ({"url": {"a": [{"b": "see http://h/x?sig=hunter2"}]}}, "see http://h/x?sig=***"),
+        ({"url": {"Authorization": "hunter2", "X-Api-Key": ["hunter2"], "Cookie": 7}}, "'Authorization': '(hidden)'"),
+        ({"url": [[[[["hunter2"]]]]]}, "spec.url is [[[['…']]]]"),
+        ({"url": list(range(1000))}, "6, 7, '…']"),
+        ({"url": ["x" * 10**6]}, "x… (list)"),
+        ({"url": "x", "values": {"http://u:hunter2@h": "a"}}, "spec.values.http://h is 'a'"),
+        ({"url": "x", "values": {"access-key": "hunter2"}}, "spec.values.access-key is (hidden)"),
+        ({"url": "x", "values": {"k" * 10**6: "a"}}, "kkk is 'a'"),
+        ({"url": "x", "values": "http://u:hunter2@h"}, "spec.values is 'http://h'"),
+    ],
+)
+def test_a_wrong_value_is_short_and_holds_no_secret(given: dict[str, object], shown: str):
+    with pytest.raises(ValidationError) as caught:
+        Place.model_validate(given)
+
+    text = validation_text(caught.value, "spec")
+
+    assert shown in text
+    assert "hunter2" not in text
+    assert len(text) < 300

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from worker.settings import (
     Settings,
@@ -54,6 +55,21 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path):
         ("WORKER_COST_PER_HOUR", "", "worker_cost_per_hour", 1.0),
         ("WORKER_ID", "  wk-1 ", "worker_id", "wk-1"),
         ("WORKER_ALLOWED_ROOTS", "/a:/b/../c", "worker_allowed_roots", (Path("/a"), Path("/c"))),
+        (
+            "ORCHESTRATOR_BASE_URL",
+            " http://u:p@orch.example:8000/ ",
+            "orchestrator_base_url",
+            "http://u:p@orch.example:8000",
+        ),
+        ("RESULTS_UPLOAD_URL", "HTTPS://[::1]:8/r?key=1", "results_upload_url", "HTTPS://[::1]:8/r?key=1"),
+        ("ORCHESTRATOR_TOKEN", "  tok-1\n", "orchestrator_token", SecretStr("tok-1")),
+        ("ORCHESTRATOR_TOKEN", " \n", "orchestrator_token", None),
+        (
+            "WORKER_ALLOWED_HOSTS",
+            "a.b, *.c.d:80,[::1]:9, ::1 ,H_x:8",
+            "worker_allowed_hosts",
+            ("a.b", "*.c.d:80", "[::1]:9", "::1", "H_x:8"),
+        ),
     ],
 )
 def test_values_are_read_as_the_contract_says(
@@ -83,6 +99,17 @@ def test_values_are_read_as_the_contract_says(
         ("REDIS_URL", "redis://x?db=y", "no connection can be made"),
         ("LOG_FORMAT", "xml", "'auto', 'pretty' or 'json'"),
         ("MODEL_ARCHIVE_PIGZ_THREADS", "none", "integer"),
+        ("ORCHESTRATOR_BASE_URL", "orch.example:8000/x", "only these are called"),
+        ("ORCHESTRATOR_BASE_URL", "ftp://h", "only these are called"),
+        ("ORCHESTRATOR_BASE_URL", "http://host:99999", "correct its host or port"),
+        ("RESULTS_UPLOAD_URL", "http://ho st/x", "no usable host"),
+        ("RESULTS_UPLOAD_URL", "http:///x", "no host"),
+        ("WORKER_ALLOWED_HOSTS", "h/x", "expected `name`, `name:port` or `*.domain`"),
+        ("WORKER_ALLOWED_HOSTS", "a,h:port", "'h:port' is no host"),
+        ("WORKER_ALLOWED_HOSTS", "h:99999", "orch.example:8000"),
+        ("WORKER_ALLOWED_HOSTS", "*", "without http:// and path"),
+        ("WORKER_ALLOWED_HOSTS", "*.*.h", "without http:// and path"),
+        ("WORKER_ALLOWED_HOSTS", "a b", "without http:// and path"),
     ],
 )
 def test_a_wrong_value_is_one_line_with_name_value_and_expectation(
@@ -110,6 +137,33 @@ def test_a_wrong_url_is_shown_without_its_password(monkeypatch: pytest.MonkeyPat
     assert "hunter22" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ORCHESTRATOR_BASE_URL", "ftp://u:hunter22@h"),
+        ("ORCHESTRATOR_BASE_URL", "u_x:hunter22@h/x"),
+        ("ORCHESTRATOR_BASE_URL", "http://u:hunter22/x@h/y"),
+        ("RESULTS_UPLOAD_URL", "http://u:hunter22@[::1"),
+        ("RESULTS_UPLOAD_URL", "http:/u:hunter22@h"),
+        ("RESULTS_UPLOAD_URL", "http://h:99999/?sig=hunter22"),
+        ("WORKER_ALLOWED_HOSTS", "a, https://u:hunter22@h/"),
+        ("WORKER_ALLOWED_HOSTS", "u:hunter22@h"),
+        ("ORCHESTRATOR_TOKEN", "hunter22 x"),
+        ("ORCHESTRATOR_TOKEN", "hunter22\ny"),
+        ("ORCHESTRATOR_TOKEN", "hunter22…"),
+    ],
+)
+def test_a_wrong_value_is_shown_without_its_secrets(monkeypatch: pytest.MonkeyPatch, name: str, value: str):
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(SettingsError) as caught:
+        read_settings()
+
+    assert str(caught.value).startswith(f"{name}=")
+    assert "hunter22" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_missing_broker_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("REDIS_URL")
 
@@ -126,12 +180,16 @@ def test_settings_are_frozen_and_hide_secrets():
 
 
 def test_engines_do_not_inherit_secrets(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ORCHESTRATOR_TOKEN", "tok-1")
+    for name in (
+        "REDIS_URL", "ORCHESTRATOR_TOKEN", "orchestrator_token", "ORCHESTRATOR_BASE_URL", "ORCHESTRATOR_PASSWORD",
+        "RESULTS_UPLOAD_URL", "results_upload_url",
+    ):  # fmt: skip
+        monkeypatch.setenv(name, "http://u:hunter22@h")
     monkeypatch.setenv("HF_HOME", "/cache")
 
     environment = engine_environment(task_tag="x")
 
-    assert not {"REDIS_URL", "ORCHESTRATOR_TOKEN"} & environment.keys()
+    assert [name for name, value in environment.items() if "hunter22" in value] == []
     assert environment["HF_HOME"] == "/cache"
 
 

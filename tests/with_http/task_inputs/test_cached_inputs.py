@@ -1,12 +1,15 @@
-"""Inputs kept in the cache: when they are fetched anew, when they go, and a full disk."""
+"""Inputs kept in the cache: when they are fetched anew, and when they go."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import json
+import os
 
 import pytest
-from input_world import World, archive, checkpoint, jsonl, marker_of, put
+from input_world import World, archive, checkpoint, jsonl, marker_of, put, tar_of
+
+from worker.cache_entry import Pin, Wanted
 
 
 async def test_a_digest_needs_no_network(world: World):
@@ -94,7 +97,7 @@ async def test_a_task_without_inputs_costs_nothing(world: World):
 
 
 async def test_unused_entries_go_when_others_come(world: World):
-    small = world.again(worker_cache_max_bytes=20_000)
+    small = world.again(worker_cache_max_bytes=40_000)
     urls = [put(world, archive(str(number)), name=f"{number}.tar.gz") for number in range(4)]
     kept = await small.checkpoint(task_id="t0", url=urls[0])
     for number in (1, 2, 3):
@@ -118,34 +121,51 @@ async def test_what_a_task_uses_stays(world: World):
     assert not found.exists()
 
 
-async def test_a_full_disk_drops_unused_entries_first(world: World, monkeypatch: pytest.MonkeyPatch):
-    await world.checkpoint(url=put(world, archive("old"), name="old.tar.gz"))
-    world.inputs.release("t1")
-    await world.inputs.close()
-    content = bytes(3 * 1024**2)
-    # Room for the new file alone.
-    monkeypatch.setattr(
-        world.cache, "free_bytes", lambda: len(content) if not world.entries else len(content) - 2 * 1024**2 - 1
-    )
-    found = await world.checkpoint(url=put(world, content, name="m.gguf"))
-    assert found.stat().st_size == len(content)
-    assert [entry.name for entry in world.entries] == [found.parents[1].name]
+async def test_tiny_files_press_on_the_cap_too(world: World):
+    small = world.again(worker_cache_max_bytes=100_000)
+    for number in range(2):
+        files = {f"m/{name}": b"" for name in ["config.json", *(str(each) for each in range(20 + number))]}
+        await small.checkpoint(task_id=f"t{number}", url=put(world, tar_of(files), name=f"{number}.tar.gz"))
+        small.inputs.release(f"t{number}")
+    await small.aclose()
+    assert len(world.entries) == 1
 
 
-async def test_no_room_is_disk_full(world: World, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(world.cache, "free_bytes", lambda: 10)
-    failure = await world.failure(checkpoint(url=put(world, bytes(3 * 1024**2), name="m.gguf")))
-    assert (failure.reason, failure.retryable) == ("disk_full", True)
+async def test_what_comes_back_on_the_server_is_fetched_once(world: World):
+    for second, marker in enumerate("aba"):
+        url = put(world, archive(marker))
+        os.utime(world.orch_file("final_model.tar.gz"), (1000 + second % 2, 1000 + second % 2))  # with its old ETag
+        assert marker_of(await world.checkpoint(url=url)) == marker
+    assert marker_of(await world.checkpoint(url=url)) == "a"
+    assert world.statuses == [200, 200, 200, 304]
+
+
+async def test_a_local_archive_is_read_for_its_digest_only_if_one_is_given(world: World):
+    file = world.results / "77aa" / "final_model.tar.gz"
+    file.parent.mkdir()
+    file.write_bytes(archive())
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    for keys, expected in (({}, ""), ({"sha256": digest}, digest)):
+        await world.checkpoint(path=str(file), **keys)
+        records = [json.loads((entry / "entry.json").read_text()) for entry in world.entries]
+        assert [record["sha256"] for record in records] == [expected]
+        world.inputs.release("t1")
+        await world.cache.drop_unused()
+
+
+async def test_a_local_file_that_is_no_archive_any_more_stays_where_it_is(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    file = world.results / "77aa" / "final_model.tar.gz"
+    file.parent.mkdir()
+    file.write_bytes(archive())
+    find = world.cache.find
+
+    async def changed_meanwhile(wanted: Wanted) -> Pin | None:
+        file.write_bytes(b"no archive any more")
+        return await find(wanted)
+
+    monkeypatch.setattr(world.cache, "find", changed_meanwhile)
+    assert "no archive" in (await world.failure(checkpoint(path=str(file)))).message
+    assert file.read_bytes() == b"no archive any more"
     assert world.entries == []
-    assert world.leftovers == []
-
-
-async def test_no_room_while_unpacking_is_disk_full(world: World, monkeypatch: pytest.MonkeyPatch):
-    async def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("worker.input_fetching.unpack", full)
-    failure = await world.failure(checkpoint(url=put(world, archive())))
-    assert failure.reason == "disk_full"
-    assert "No space left" in failure.message
-    assert world.leftovers == []

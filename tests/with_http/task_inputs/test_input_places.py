@@ -145,6 +145,15 @@ async def test_odd_paths_are_a_clear_failure(world: World, path: str):
     assert (await world.failure(request)).message.startswith("checkpoint.load cannot be had: path ")
 
 
+@pytest.mark.parametrize("path", ["a" * 5_000_000, "/" + "a" * 5_000_000, "a/" * 1_000_000, "\0" * 1_000_000])
+async def test_long_paths_make_no_long_errors(world: World, path: str):
+    for kind in ("checkpoint", "file"):
+        request = InputRequest(
+            name=NAME, kind=kind, paths=(path,), task_id="77aa", filename=path, url=f"http://127.0.0.1:1/{path}"
+        )
+        assert len((await world.failure(request)).message) < 3000
+
+
 async def test_only_ordinary_files_of_the_right_kind(world: World):
     (world.results / "77aa").mkdir()
     (world.results / "77aa" / "notes.txt").write_text("x")

@@ -54,6 +54,21 @@ async def test_a_failed_prefetch_is_forgotten(world: World):
     assert marker_of(order.inputs[NAME]) == "fetched"
 
 
+async def test_a_failed_prefetch_is_not_repeated(world: World):
+    task = world.task(checkpoint(url=world.orch.file_url("77aa", "final_model.tar.gz")), task_id="t2")
+
+    async def prefetched() -> int:
+        world.inputs.prefetch(task)
+        for name in ("1", "2", "3"):  # it is asked for and over before these are
+            await world.failure(checkpoint(url=world.orch.file_url("77aa", name)))
+        return sum(call.path.endswith("final_model.tar.gz") for call in world.orch.seen("download"))
+
+    assert await prefetched() == 1
+    assert await prefetched() == 1
+    world.inputs.release("t2")
+    assert await prefetched() == 2
+
+
 async def test_one_prefetch_at_a_time(world: World):
     world.orch.hang("download")
     world.inputs.prefetch(world.task(checkpoint(url=put(world, archive())), task_id="t1"))
@@ -82,7 +97,9 @@ async def test_a_prefetch_can_be_ended(world: World, way: str):
         await world.inputs.close()
     await asyncio.to_thread(wait_until, lambda: not world.leftovers, "nothing is left of it")
     world.orch.release()
-    assert marker_of(await world.checkpoint(url=put(world, archive()))) == "fetched"
+    later = world.again()
+    assert marker_of(await later.checkpoint(url=put(world, archive()))) == "fetched"
+    await later.aclose()
 
 
 async def test_equal_requests_of_children_are_fetched_once(world: World):

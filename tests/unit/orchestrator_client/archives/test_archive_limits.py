@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import lzma
 import struct
@@ -39,6 +40,31 @@ def test_the_count_limit_counts_everything(tmp_path: Path, make: Callable[..., b
     refused(tmp_path, make(*members), "the archive holds more than 50 members", UnpackLimits(files=50))
     (tmp_path / "honest").write_bytes(make(*members[:25]))
     unpack_here(tmp_path / "honest", tmp_path / "out", limits=UnpackLimits(files=50))
+
+
+def test_links_that_take_long_to_follow_are_refused(tmp_path: Path):
+    detour = "a/../" * 380
+    members = [Member(f"l{at}", LINK, to=detour + (f"l{at + 1}" if at % 39 < 38 else "x")) for at in range(2000)]
+    refused(tmp_path, tar_of(*members), "its symbolic links have more than 1000000 parts to follow")
+
+
+def test_many_honest_links_are_kept(tmp_path: Path):
+    members = [Member(f"models/x/snapshots/0/f{at}", LINK, to=f"../../blobs/f{at}") for at in range(5000)]
+    (tmp_path / "a").write_bytes(tar_of(*members))
+    assert unpack_here(tmp_path / "a", tmp_path / "out") == 0
+    assert len(list((tmp_path / "out/models/x/snapshots/0").iterdir())) == 5000
+
+
+@pytest.mark.parametrize("make", [tar_of, zip_of])
+def test_no_more_room_is_taken_than_there_is(tmp_path: Path, make: Callable[..., bytes]):
+    archive = tmp_path / "a"
+    archive.write_bytes(make(*(Member(f"f{at}", content=b"x" * 100) for at in range(10))))
+    needed = 10 * (4096 + 100)
+    with pytest.raises(OSError, match=f"more than the {needed - 1} bytes that are free") as caught:
+        unpack_here(archive, tmp_path / "out", limits=UnpackLimits(room_bytes=needed - 1))
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert unpack_here(archive, tmp_path / "out", limits=UnpackLimits(room_bytes=needed)) == 1000
 
 
 def test_a_bomb_is_stopped_at_the_ratio(tmp_path: Path):
