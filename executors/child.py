@@ -219,5 +219,22 @@ def main() -> None:
         engine.run(order, current[0])
 
 
+def _exit_of(error: BaseException) -> int:
+    """The exit status that the interpreter would have given, with its text on stderr."""
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        return error.code or 0
+    traceback.print_exc()
+    if isinstance(error, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    return 1
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException as error:  # noqa: BLE001 - the process ends with it
+        status = _exit_of(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # the ordinary way waits for threads that an executor has left behind

@@ -204,6 +204,7 @@ class Daemon:
         if code == exit_codes.OK:
             await self._shut_down(intake, runner, delivery, presence)
         else:  # the journal keeps what is open; only say good-bye, so that the orchestrator need not wait for the TTL
+            await _cancelled([*self._tasks.values(), *self._side_tasks])  # the connection is the publisher's
             await self._say_good_bye(presence)
         return code
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -144,15 +145,27 @@ class DeliveryJob:
     redirected: bool = False
     resumed: bool = False
 
-    def send_to(self, destination: Destination | None) -> None:
-        """Send the results elsewhere: the task came again and names another destination."""
-        if destination is not None:
-            postings = tuple(
-                each.model_copy(update={"destination": destination}) if each.destination is not None else each
-                for each in self.plan.postings
-            )
-            self.plan = self.plan.model_copy(update={"postings": postings})
-            self.redirected = True
+    def send_to(self, destinations: Mapping[str, Destination]) -> bool:
+        """Send results elsewhere: the task came again and names other destinations.
+
+        Args:
+            destinations: by task id; those of results that stay here do not count.
+
+        Returns:
+            Whether any was another one. Then patience begins anew.
+        """
+        postings = tuple(
+            each.model_copy(update={"destination": destinations.get(each.task_id, each.destination)})
+            if each.destination is not None
+            else each
+            for each in self.plan.postings
+        )
+        if postings == self.plan.postings:
+            return False
+        self.plan = self.plan.model_copy(update={"postings": postings})
+        self.redirected = True
+        self.since = time.time()
+        return True
 
 
 def package_key(package: Package) -> str:

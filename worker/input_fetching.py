@@ -83,7 +83,7 @@ class InputFetching:
         if not request.url and not (request.task_id and request.filename):
             return ""
         if not base:
-            raise NotUsableError("is relative, and ORCHESTRATOR_BASE_URL is not set at this worker")
+            raise NotUsableError("needs ORCHESTRATOR_BASE_URL at the worker, or base_url in the task")
         if request.url:
             return base + request.url
         return f"{base}/api/v1/results/{quote(request.task_id, safe='')}/files/{quote(request.filename, safe='')}"
@@ -170,17 +170,26 @@ class InputFetching:
             return await self._with_room(partial(self._cache.add, place, record), audience)
 
     async def _with_room(self, attempt: Callable[[], Awaitable[ResultT]], audience: Audience) -> ResultT:
-        """Try; and if it was room that lacked, and somebody waits, once more after unused entries were deleted."""
-        try:
-            return await attempt()
-        except OSError as error:
-            if not means_disk_full(error) or not audience.is_urgent:
-                raise
-            if isinstance(error, _NoRoomError):
-                await self._cache.make_room(error.needed_bytes)
-            elif not await self._cache.drop_unused():
-                raise
+        """Try; while it is room that lacks, and somebody waits, again after unused entries were deleted.
+
+        At first as many as are known to be needed; what an archive holds is not known before, so then all.
+        """
+        for make_room in (self._make_known_room, self._make_all_room):
+            try:
+                return await attempt()
+            except OSError as error:
+                if not means_disk_full(error) or not audience.is_urgent or not await make_room(error):
+                    raise
         return await attempt()
+
+    async def _make_known_room(self, error: OSError) -> bool:
+        if isinstance(error, _NoRoomError):
+            await self._cache.make_room(error.needed_bytes)
+            return True
+        return bool(await self._cache.drop_unused())
+
+    async def _make_all_room(self, _error: OSError) -> bool:
+        return bool(await self._cache.drop_unused())
 
     async def _fetch(self, order: _Order, place: Workspace, current: Pin | None) -> Downloaded | None:
         """Download; None: `current` is current."""

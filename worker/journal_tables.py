@@ -77,13 +77,14 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class OpenTask:
-    """A task that was accepted and has not ended."""
+    """A task that was accepted and has not ended; `keeps_result` as in `Acceptance`."""
 
     task_id: str
     dispatch: str
     envelope: bytes
     received_at: float
     starts: int
+    keeps_result: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def accept(db: sqlite3.Connection, arrival: Arrival) -> Acceptance:
         keeps_result = kept is not None
     else:
         db.execute("DELETE FROM deliveries WHERE task_id = ?", (task_id,))
+    if row is not None:
+        _forget_unheard(db, task_id)
     dispatch = uuid.uuid4().hex
     db.execute(
         "INSERT OR REPLACE INTO tasks (task_id, dispatch, state, envelope, received_at) "
@@ -142,6 +145,11 @@ def accept(db: sqlite3.Connection, arrival: Arrival) -> Acceptance:
         (task_id, dispatch, arrival.envelope, arrival.received_at),
     )
     return Acceptance(dispatch, None, keeps_result=keeps_result)
+
+
+def _forget_unheard(db: sqlite3.Connection, task_id: str) -> None:
+    """Drop the end of an earlier dispatch that nobody could hear so far: said late, it would undo the present one."""
+    db.execute("DELETE FROM owed WHERE task_id = ?", (task_id,))
 
 
 def drop_delivery(db: sqlite3.Connection, task_id: str) -> None:
@@ -163,6 +171,7 @@ def reopen(db: sqlite3.Connection, task_id: str) -> StoredDelivery | None:
     if changed.rowcount == 0:
         return None
     db.execute("UPDATE deliveries SET dispatch = ?, since = ? WHERE task_id = ?", (dispatch, time.time(), task_id))
+    _forget_unheard(db, task_id)
     query = f"SELECT {DELIVERY_COLUMNS} FROM deliveries AS d WHERE task_id = ?"  # noqa: S608 - constants
     return StoredDelivery(*db.execute(query, (task_id,)).fetchone())
 
@@ -176,8 +185,8 @@ def store_delivery(db: sqlite3.Connection, delivery: StoredDelivery) -> None:
 
 
 def end(db: sqlite3.Connection, ends: list[tuple[OwedEvent, State]]) -> list[int]:
-    # Only one that nobody could hear so far is left of an earlier dispatch; said late, it would undo this one.
-    db.executemany("DELETE FROM owed WHERE task_id = ?", [(owed.task_id,) for owed, _ in ends])
+    for owed, _ in ends:
+        _forget_unheard(db, owed.task_id)
     db.executemany(
         "UPDATE tasks SET state = ?, ended_at = ?, final_event = ?, envelope = NULL WHERE task_id = ?",
         [(state, time.time(), owed.event, owed.task_id) for owed, state in ends],

@@ -64,7 +64,10 @@ def choose_folder(task_id: str, wanted: str | None, results_dir: Path, roots: tu
     default = results_dir / task_id
     if wanted is None or not wanted.strip():
         return default, ""
-    folder = (results_dir / wanted.strip()).resolve()  # an absolute path replaces results_dir here
+    try:
+        folder = (results_dir / wanted.strip()).resolve()  # an absolute path replaces results_dir here
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name that is too long
+        return default, f"output.destination.path {wanted[:200]!r} cannot be resolved; the results are in {default}"
     inside = next((root for root in (results_dir, *roots) if folder.is_relative_to(root)), None)
     hidden = inside is not None and any(part.startswith(".") for part in folder.relative_to(inside).parts)
     if inside is None or hidden:

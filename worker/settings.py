@@ -152,7 +152,8 @@ class Settings(BrokerSettings):
     )  # fmt: skip
     shutdown_grace_sec: float = Field(
         default=30.0, ge=0, allow_inf_nan=False,
-        description="After SIGTERM, how long the running task may go on before it is stopped and reported failed.",
+        description="After SIGTERM, how long the running task may go on before it is stopped and reported failed. "
+        "Results that are being sent have what it leaves of this time, and go on after the next start.",
     )  # fmt: skip
     task_min_turnaround_ms: int = Field(
         default=200, ge=0,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -40,6 +41,7 @@ class _Running:
         attempt: the delivering alone, which may be interrupted.
         interrupted: why it was.
         ending: whether its end is being said, so that it is too late for an interruption.
+        following: the next delivery of the same task, which came meanwhile.
     """
 
     job: DeliveryJob
@@ -47,6 +49,7 @@ class _Running:
     attempt: asyncio.Task[None] | None = None
     interrupted: Literal["cancelled", "redirected"] | None = None
     ending: bool = False
+    following: DeliveryJob | None = None
 
 
 class TaskDelivery:
@@ -68,7 +71,10 @@ class TaskDelivery:
     def begin(self, job: DeliveryJob) -> None:
         """Deliver what the journal holds already, perhaps with another destination; nothing if that is under way."""
         task_id = job.plan.task_id
-        if task_id in self._running:
+        earlier = self._running.get(task_id)
+        if earlier is not None:
+            if earlier.ending:  # its failure is being said; this is the next dispatch
+                earlier.following = job
             return
         cleared = {"error": "", "reason": "", "hint": "", "progress_message": ""}
         self._parts.publisher.task_fields(task_id, {"status": "DELIVERING", **cleared})
@@ -93,8 +99,6 @@ class TaskDelivery:
 
     async def again(self, task_id: str) -> None:
         """Begin a delivery that failed once more, if this worker has one of that task."""
-        if task_id in self._running:
-            return
         delivery = await self._parts.journal.reopen(task_id)
         if delivery is None:
             return
@@ -110,18 +114,15 @@ class TaskDelivery:
         """Give up a delivery; False if there is none of that task, or its end is being said."""
         return self._interrupt(task_id, "cancelled")
 
-    def redirect(self, task_id: str, work: str, destination: Destination) -> bool:
-        """Send results under way elsewhere: the same work came again and names another destination."""
+    def redirect(self, task_id: str, work: str, destinations: Mapping[str, Destination]) -> bool:
+        """Send results under way elsewhere: the same work came again and names other destinations."""
         running = self._running.get(task_id)
-        if running is None or running.job.plan.work != work:
+        if running is None or running.ending or running.interrupted or running.job.plan.work != work:
             return False
-        if all(posting.destination in (None, destination) for posting in running.job.plan.postings):
-            return False
-        if not self._interrupt(task_id, "redirected"):
+        if not running.job.send_to(destinations):
             return False
         log.info("delivering elsewhere", action="deliver", task_id=task_id)
-        running.job.send_to(destination)
-        return True
+        return self._interrupt(task_id, "redirected")
 
     def _interrupt(self, task_id: str, why: Literal["cancelled", "redirected"]) -> bool:
         running = self._running.get(task_id)
@@ -162,9 +163,10 @@ class TaskDelivery:
         except Exception:  # a fault of ours, which must not take the other deliveries with it
             log.exception("the end of a delivery could not be said", action="deliver", task_id=task_id)
         finally:
-            if self._running.get(task_id) is running:
-                del self._running[task_id]
+            del self._running[task_id]
             self._parts.news.forget(task_id)
+            if running.following is not None:
+                self.begin(running.following)
             if not self._running:
                 self._none_left.set()
 
@@ -216,10 +218,8 @@ class TaskDelivery:
 
     def _failure(self, job: DeliveryJob, reason: Reason, message: str) -> Failure:
         folder = job.plan.postings[-1].folder
-        hint = (
-            f"nothing is lost: the result is in {folder}. Mend the cause, then resend it without running it again: "
-            f"flowmesh-worker deliver {job.plan.task_id}"
-        )
+        step = "Send it later" if reason == "cancelled" else "Mend the cause, then resend it without running it again"
+        hint = f"nothing is lost: the result is in {folder}. {step}: flowmesh-worker deliver {job.plan.task_id}"
         return Failure(reason=reason, message=message, hint=hint, retryable=reason in {"delivery_failed", "disk_full"})
 
 

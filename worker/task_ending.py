@@ -7,9 +7,11 @@ transaction that ends the run, so that finished work is not computed again becau
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Final
@@ -31,6 +33,7 @@ log = structlog.get_logger()
 
 NOT_IN_JOURNAL = -1
 _MOST_AT_ONCE = 64
+_CATCH_UP_SEC = 1.0
 _NOT_WORTH_SENDING: Final = frozenset({"worker_shutdown", "cancelled"})
 """Failures whose end is said at once: nobody needs a summary of them."""
 
@@ -91,6 +94,8 @@ class TaskEnding:
         self._on_announced = on_announced
         self._waiting: list[_Waiting] = []
         self._writing: asyncio.Task[None] | None = None
+        self._unwritten: deque[Callable[[], Awaitable[object]]] = deque()
+        self._catching_up: asyncio.Task[None] | None = None
         # Of its own: lookups of names, digests and the like must not keep a task's end waiting.
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="results")
 
@@ -108,8 +113,15 @@ class TaskEnding:
             self._writing = asyncio.create_task(self._write_waiting())
         return await ended
 
-    async def give_up(self, task_id: str, dispatch: str, failure: Failure) -> EndedTask:
-        """Make the end of a task durable that cannot be ended as it should, because something of ours broke."""
+    async def give_up(self, task_id: str, dispatch: str, failure: Failure, *, keep: bool = False) -> EndedTask:
+        """Make the end of a task durable that cannot be ended as it should, because something of ours broke.
+
+        Args:
+            task_id: the task.
+            dispatch: the journal's token.
+            failure: what to say.
+            keep: whether an earlier result that was not delivered stays.
+        """
         event = TaskEvent(
             type="TASK_FAILED",
             task_id=task_id,
@@ -119,7 +131,7 @@ class TaskEnding:
         )
         fields = {"status": "FAILED", "error": failure.message, "reason": failure.reason, "hint": failure.hint}
         owed = OwedEvent(NOT_IN_JOURNAL, task_id, dispatch, event.encode())
-        return await self._end_in_journal(EndedTask(owed, fields, 0.0, failure, {}), keep=False)
+        return await self._end_in_journal(EndedTask(owed, fields, 0.0, failure, {}), keep=keep)
 
     async def conclude(self, job: DeliveryJob, failure: Failure | None, *, keep: bool = False) -> EndedTask:
         """Make the end of a delivery durable.
@@ -138,18 +150,33 @@ class TaskEnding:
             failure = Failure(reason="executor_error", message=fields.get("error", ""))
         owed = OwedEvent(NOT_IN_JOURNAL, plan.task_id, plan.dispatch, event)
         facts: dict[str, str | float] = {"delivered_sec": round(time.time() - job.since, 3)}
+        fields = {**fields, "progress_message": ""}  # what went wrong on the way does not matter any more
         return await self._end_in_journal(EndedTask(owed, fields, job.received, failure, facts), keep=keep)
 
     async def _end_in_journal(self, ended: EndedTask, *, keep: bool) -> EndedTask:
+        state: State = "succeeded" if ended.failure is None else "failed"
         try:
-            number = await self._journal.end_delivery(
-                ended.owed, "succeeded" if ended.failure is None else "failed", keep=keep
-            )
+            number = await self._journal.end_delivery(ended.owed, state, keep=keep)
         except JournalError as error:
-            text = "the end of a task is not in the journal"
+            text = "the end of a task is not in the journal yet"
             log.error(text, action="journal", task_id=ended.owed.task_id, error=str(error))
+            self._write_later(lambda: self._journal.end_delivery(ended.owed, state, keep=keep))
             return ended
         return replace(ended, owed=replace(ended.owed, seq=number))
+
+    def _write_later(self, write: Callable[[], Awaitable[object]]) -> None:
+        """Try again until the journal takes it: what it does not know as ended it would not accept again."""
+        self._unwritten.append(write)
+        if self._catching_up is None or self._catching_up.done():
+            self._catching_up = asyncio.create_task(self._catch_up())
+
+    async def _catch_up(self) -> None:
+        while self._unwritten:
+            await asyncio.sleep(_CATCH_UP_SEC)
+            with contextlib.suppress(JournalError):  # it was logged once
+                await self._unwritten[0]()
+                self._unwritten.popleft()
+        log.info("the journal has all ends again", action="journal")
 
     async def announce(self, ended: EndedTask) -> None:
         """Say it, but not sooner than `min_turnaround_sec` after the receipt."""
@@ -223,7 +250,8 @@ class TaskEnding:
             numbers = iter(await self._journal.end(entries, deliveries))
         except JournalError as error:
             # The ends are not durable, but saying nothing would lose the tasks for certain.
-            log.error("ends of tasks are not in the journal", action="journal", tasks=len(ends), error=str(error))
+            log.error("ends of tasks are not in the journal yet", action="journal", tasks=len(ends), error=str(error))
+            self._write_later(lambda: self._journal.end(entries, deliveries))
             return ends
         return [
             replace(end, owed=replace(end.owed, seq=next(numbers))) if isinstance(end, EndedTask) else end

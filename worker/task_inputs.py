@@ -32,7 +32,7 @@ from worker.task_preparation import PreparedTask, RejectedError
 
 _HINT: Final = (
     "give a path below RESULTS_DIR or WORKER_ALLOWED_ROOTS of this worker, the taskId of a task that ran here, "
-    "or a url that it can fetch"
+    "or a url that it can fetch; taskId with filename needs ORCHESTRATOR_BASE_URL"
 )
 
 log = structlog.get_logger()

@@ -109,7 +109,7 @@ class TaskIntake:
             while self._inbox:
                 batch = [self._inbox.popleft() for _ in range(min(len(self._inbox), _MOST_AT_ONCE))]
                 try:
-                    await self._accept([arrival for item in batch if (arrival := self._read(*item)) is not None])
+                    await self._accept([arrival for item in batch if (arrival := self._look_at(*item)) is not None])
                 finally:
                     self._parts.runner.expect(-len(batch))
 
@@ -124,11 +124,11 @@ class TaskIntake:
     async def resume(self) -> None:
         """Put back what an earlier life of this worker accepted and did not end."""
         for task in await self._parts.journal.open_tasks():
-            arrival = self._read(task.envelope, task.received_at, time.monotonic())
+            arrival = self._look_at(task.envelope, task.received_at, time.monotonic())
             if arrival is None:  # written by another version
                 continue
             await asyncio.sleep(0)  # a large one takes a while to read
-            record = arrival.record(Acceptance(task.dispatch, None))
+            record = arrival.record(Acceptance(task.dispatch, None, keeps_result=task.keeps_result))
             log.info("resuming a task", action="resume", task_id=task.task_id, starts=task.starts)
             if task.starts >= _MOST_STARTS:
                 text = f"the worker ended {task.starts} times while this task ran; it is not started again"
@@ -143,6 +143,14 @@ class TaskIntake:
         self._parts.runner.expect(1)
         self._inbox.append((raw, time.time(), time.monotonic()))
         self._arrived.set()
+
+    def _look_at(self, raw: bytes, received_at: float, received: float) -> ArrivedMessage | None:
+        """Read a message; None also when that breaks, which must not keep the others from being read."""
+        try:
+            return self._read(raw, received_at, received)
+        except Exception:
+            log.exception("a task message broke what reads it", action="malformed")
+            return None
 
     def _read(self, raw: bytes, received_at: float, received: float) -> ArrivedMessage | None:
         """Decode and check a message of ours; None when not even an answer can be addressed."""
@@ -259,7 +267,7 @@ class TaskIntake:
             await self._run_after_all(arrival)
             return
         log.info("done before, but not delivered; delivering it now", action="duplicate", task_id=arrival.task_id)
-        job.send_to(arrival.prepared.folder.destination)
+        job.send_to(arrival.prepared.destinations)
         job.received = arrival.received
         self._parts.runner.deliver(record, job)
 
@@ -275,9 +283,9 @@ class TaskIntake:
     def _redirected(self, arrival: ArrivedMessage) -> bool:
         """The task comes again while its result is being sent: to where this dispatch wants it, if that is another."""
         prepared = arrival.prepared
-        if prepared is None or prepared.folder.destination is None:
+        if prepared is None:
             return False
-        return self._parts.delivery.redirect(arrival.task_id, prepared.work, prepared.folder.destination)
+        return self._parts.delivery.redirect(arrival.task_id, prepared.work, prepared.destinations)
 
     async def _answer_again(self, arrival: ArrivedMessage, answer: Acceptance) -> None:
         """A task that succeeded here comes again: the event was lost. Say it again, unless the result is gone."""

@@ -150,7 +150,8 @@ class TaskJournal:
 
     async def open_tasks(self) -> list[OpenTask]:
         """Tasks that were accepted and have not ended, oldest first."""
-        columns = "task_id, dispatch, envelope, received_at, starts"
+        kept = "EXISTS (SELECT 1 FROM deliveries AS d WHERE d.task_id = tasks.task_id)"
+        columns = f"task_id, dispatch, envelope, received_at, starts, {kept}"
         query = f"SELECT {columns} FROM tasks WHERE state = 'accepted' ORDER BY received_at"  # noqa: S608 - constants
         return await self._do(lambda db: [OpenTask(*row) for row in db.execute(query)])
 

@@ -92,6 +92,13 @@ class PreparedTask:
     work: str = ""
 
     @property
+    def destinations(self) -> dict[str, Destination]:
+        """Where results are sent: the task's own, and its children's; those that stay here are left out."""
+        folders = {self.order.task_id: self.folder, **self.child_folders}
+        folders |= {task_id: child.folder for task_id, child in self.failed_children.items()}
+        return {task_id: folder.destination for task_id, folder in folders.items() if folder.destination is not None}
+
+    @property
     def wants_inputs(self) -> bool:
         """Whether anything has to be found or fetched."""
         return bool(self.inputs or self.child_inputs)
@@ -210,6 +217,8 @@ class TaskPreparation:
             target_of(destination, settings, self._link)  # better refused now than after hours of work
             return Folder(settings.results_dir / task_id, output.artifacts, destination), ""
         path, warning = choose_folder(task_id, destination.path, settings.results_dir, settings.worker_allowed_roots)
+        if destination.url and not warning:
+            warning = "output.destination.url has no effect without output.destination.type 'http': nothing is sent"
         return Folder(path, output.artifacts), warning
 
     def default_folder(self, task_id: str) -> Folder:

@@ -252,8 +252,9 @@ class TaskRunner:
                 await self._parts.ending.announce(ended)
         except Exception as error:  # a fault of ours, which must not take the other tasks with it
             log.exception("a task could not be ended as it should", action="task_end", task_id=record.task_id)
-            given_up = await self._parts.ending.give_up(record.task_id, record.dispatch, broken(error))
-            await self._parts.ending.announce(given_up)
+            ending = self._parts.ending
+            failure, keep = broken(error), record.keeps_result
+            await ending.announce(await ending.give_up(record.task_id, record.dispatch, failure, keep=keep))
         finally:
             if self._open.get(record.task_id) is record:  # else the same id was dispatched again meanwhile
                 del self._open[record.task_id]

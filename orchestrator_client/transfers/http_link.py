@@ -309,5 +309,7 @@ def _described(error: httpx.TransportError, call: HttpCall, stall_sec: float) ->
             return f"no answer for {stall_sec:g} s"
         case httpx.WriteTimeout():
             return f"the peer took no data for {stall_sec:g} s"
+        case httpx.ConnectError() if "All connection attempts failed" in str(error):  # anyio's word for any cause
+            return f"no connection to {call.origin.host}:{call.origin.port}: refused, or not reachable"
         case _:
             return call.clean(str(error)) or "the connection broke"

@@ -43,7 +43,7 @@ _CREDENTIALS: Final = (
 )
 _PLACE: Final = "Correct the URL in the task, or set RESULTS_UPLOAD_URL."
 _NEXT_STEPS: Final = {
-    0: "It would be refused again: look into the peer's log.",
+    0: "It is not tried again by itself: look into the peer's log.",
     401: _CREDENTIALS,
     403: _CREDENTIALS,
     404: _PLACE,

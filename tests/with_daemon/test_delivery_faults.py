@@ -256,3 +256,79 @@ def test_a_summary_is_not_sent_after_a_restart_when_the_task_may_run_elsewhere(
     assert (end.ok, end.reason) == (False, "executor_error")
     assert orchestrator.result(task_id) is None
     assert len(orchestrator.seen("result")) == 1
+
+
+def test_a_loop_of_links_in_a_destination_ends_nothing_but_its_own_wish(busy_world: World):
+    loop = busy_world.folder / "results" / "loop"
+    loop.symlink_to(loop)
+
+    end = busy_world.run({"taskType": "subject", "act": "fine", "output": {"destination": {"path": "loop/x"}}})
+
+    assert end.ok, end.error
+    assert "cannot be resolved" in str(end.result["warnings"])
+
+
+def test_a_repeated_dispatch_sends_children_where_they_belong(
+    busy_world: World, orchestrator: HttpOrchestrator, tmp_path: Path
+):
+    with HttpOrchestrator(tmp_path / "of-the-child") as other:
+        spec = producing(orchestrator)
+        children = [{"task_id": "own-home", "spec": {**spec, "output": http(other)}}]
+        orchestrator.hang("upload")
+        task_id = busy_world.send(spec, merged_children=children)
+        wait_until(lambda: orchestrator.seen("upload"), "the upload is under way")
+
+        busy_world.send(spec, task_id=task_id, merged_children=children)
+        again = {"action": "duplicate", "task_id": task_id}
+        wait_until(lambda: busy_world.daemons[0].logged(**again), "the second dispatch is seen")
+        orchestrator.release()
+
+        assert busy_world.ended(task_id).ok
+        assert other.result("own-home") is not None
+        assert orchestrator.result("own-home") is None
+        assert orchestrator.result(task_id) is not None
+
+
+def test_a_dispatch_that_comes_while_a_refusal_is_held_back_gets_its_own_end(
+    world: World, orchestrator: HttpOrchestrator
+):
+    world.start(TASK_MIN_TURNAROUND_MS="2000")
+    orchestrator.fail("result", status=400)
+    spec = producing(orchestrator)
+    task_id = world.send(spec)
+
+    def state() -> str:
+        with contextlib.closing(journal_of(world)) as db:
+            row = db.execute("SELECT state FROM tasks WHERE task_id = ?", (task_id,)).fetchone()
+        return str(row[0]) if row else ""
+
+    wait_until(lambda: state() == "failed", "the refusal is in the journal")
+    assert not world.events.ends(task_id)
+
+    world.send(spec, task_id=task_id)
+
+    assert world.ended(task_id).reason == "delivery_refused"
+    assert world.ended(task_id, count=2).ok
+
+
+def test_an_end_that_the_journal_could_not_take_at_once_gets_there_later(
+    busy_world: World, orchestrator: HttpOrchestrator
+):
+    orchestrator.stop()
+    spec = producing(orchestrator)
+    task_id = busy_world.send(spec)
+    busy_world.hash_of(task_id, "DELIVERING")
+    orchestrator.fail("upload", status=400)
+    with contextlib.closing(journal_of(busy_world)) as db:
+        db.isolation_level = None
+        db.execute("BEGIN IMMEDIATE")  # the daemon's writes fail after ten seconds of waiting
+        orchestrator.start()
+        assert busy_world.ended(task_id, within_sec=60).reason == "delivery_refused"
+        db.execute("ROLLBACK")
+    wait_until(lambda: busy_world.daemons[0].logged("journal", level="info"), "the journal has it", within_sec=60)
+
+    busy_world.send(spec, task_id=task_id)
+
+    end = busy_world.ended(task_id, count=2, within_sec=60)
+    assert end.ok, end.error
+    assert (end.folder / "runs.txt").read_text() == "ran\n"

@@ -72,6 +72,16 @@ def test_an_exception_leaves_the_engine_warm(busy_world: World, name: str, reaso
     assert engine_pid(busy_world) == before
 
 
+def test_a_thread_that_was_left_behind_does_not_keep_a_broken_engine_alive(busy_world: World):
+    assert busy_world.run(act("thread")).ok  # it never ends, and the interpreter would wait for it
+    before = engine_pid(busy_world)
+
+    end = busy_world.run(act("close"))
+
+    assert not end.ok
+    assert not psutil.pid_exists(before)
+
+
 def test_the_last_words_are_in_the_error(busy_world: World):
     end = busy_world.run(act("sys_exit"))
     assert "last words before the exit" in end.error

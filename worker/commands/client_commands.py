@@ -38,13 +38,13 @@ _LOOK_EVERY_SEC = 0.2
 
 EXIT_CODES = (
     (exit_codes.OK, "done; the task succeeded; a worker that was told to stop has stopped"),
-    (exit_codes.FAILED, "the task failed, is unknown or could not be cancelled; a check of doctor failed"),
+    (exit_codes.FAILED, "the task failed, is unknown, open or could not be cancelled; a check of doctor failed"),
     (exit_codes.USAGE, "the command line or the task file is wrong"),
-    (exit_codes.UNAVAILABLE, "no broker answers, or no worker takes the task"),
+    (exit_codes.UNAVAILABLE, "no broker answers, no worker takes the task, or none has a result to deliver"),
     (exit_codes.CRASHED, "a fault of the program itself"),
     (exit_codes.ID_IN_USE, "run: another live process has this WORKER_ID"),
     (exit_codes.BAD_CONFIG, "a setting is missing or wrong"),
-    (exit_codes.TIMED_OUT, "submit --wait --timeout: the time is over, the task goes on"),
+    (exit_codes.TIMED_OUT, "submit --wait or deliver, with --timeout: the time is over, the task goes on"),
     (exit_codes.INTERRUPTED, "Ctrl-C"),
 )
 """Every way to end, for `--help` and docs/configuration.md."""
@@ -98,7 +98,7 @@ def submit(  # noqa: PLR0913 - each is one option of the command
     with _client(broker) as client:
         if worker:
             _require_worker(client, worker)
-        if task_id and (known := client.task(task_id)) is not None and not known.ended:
+        if task_id and (known := client.task(task_id)) is not None and known.status in {"QUEUED", "RUNNING"}:
             _fail(f"task {task_id} is {known.status} on {known.worker_id} already", exit_codes.FAILED)
         state = _submit(client, order, wait=wait, timeout_sec=timeout)
     if not state.ended:
@@ -144,7 +144,7 @@ def cancel(
     ] = _CANCEL_WITHIN_SEC,
     broker: Broker = "",
 ) -> None:
-    """Stop a task, queued or running."""
+    """Stop a task: queued, running or being delivered."""
     _checked_id(task_id)
     with _client(broker) as client:
         before = client.task(task_id)
@@ -185,7 +185,7 @@ def deliver(
     with _client(broker) as client:
         before = client.task(task_id)
         if before is not None and before.status == "SUCCEEDED":
-            say(f"task {task_id} has succeeded and is delivered")
+            say(f"task {task_id} has succeeded; there is nothing left to deliver")
             return
         with client.events(task_id) as events, watch_view() as view:
             if before is None or before.ended:

@@ -22,7 +22,7 @@ start with exit code 78 and one line that names the variable, the value and what
 nobody reads is only warned about, with the nearest name that exists. `flowmesh-worker run --help` prints this list,
 and `flowmesh-worker doctor` tries the present values out.
 
-The client commands (`submit`, `workers`, `task`, `cancel`) read `REDIS_URL` and `TASK_TOPIC` only.
+The client commands (`submit`, `workers`, `task`, `cancel`, `deliver`) read `REDIS_URL` and `TASK_TOPIC` only.
 
 The least that works:
 

@@ -278,3 +278,29 @@ async def test_a_later_end_takes_the_place_of_one_that_nobody_heard(journal: Tas
     number = await end(journal, "t1", second.dispatch, "succeeded")
 
     assert [owed.seq for owed in await journal.owed(10)] == [number]
+
+
+async def test_a_delivery_begun_again_silences_the_failure_that_nobody_heard(journal: TaskJournal):
+    delivery = await deliver(journal, "t1")
+    await journal.end_delivery(OwedEvent(-1, "t1", delivery.dispatch, b"failed"), "failed", keep=True)
+
+    assert await journal.reopen("t1") is not None
+
+    assert await journal.owed(10) == []
+
+
+async def test_a_new_dispatch_silences_the_failure_that_nobody_heard(journal: TaskJournal):
+    [first] = await journal.accept([Arrival("t1", b"a", 1.0)])
+    await end(journal, "t1", first.dispatch, "failed")
+
+    await journal.accept([Arrival("t1", b"a", 2.0)])
+
+    assert await journal.owed(10) == []
+
+
+async def test_a_refused_dispatch_is_known_as_such_after_a_restart(journal: TaskJournal):
+    delivery = await deliver(journal, "t1")
+    await journal.end_delivery(OwedEvent(-1, "t1", delivery.dispatch, b"failed"), "failed", keep=True)
+    await journal.accept([Arrival("t1", b"b", 2.0, refused=True), Arrival("t2", b"c", 3.0)])
+
+    assert [(task.task_id, task.keeps_result) for task in await journal.open_tasks()] == [("t1", 1), ("t2", 0)]

@@ -33,7 +33,7 @@ async def test_a_file_of_a_task_without_a_url(world: World):
     lonely.settings = lonely.settings.model_copy(update={"orchestrator_base_url": ""})
     lonely.inputs = TaskInputs(lonely.link, lonely.cache, lonely.settings)
     failure = await lonely.failure(checkpoint(taskId="77ab", filename="m.tar.gz"))
-    assert "ORCHESTRATOR_BASE_URL is not set" in failure.message
+    assert "needs ORCHESTRATOR_BASE_URL" in failure.message
     put(world, archive("other base"), name="m.tar.gz", task_id="77ab")
     found = await lonely.checkpoint(taskId="77ab", filename="m.tar.gz", base_url=f"{world.orch.base_url}/")
     assert marker_of(found) == "other base"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,20 @@ async def test_no_room_is_disk_full_and_drops_nothing(world: World, monkeypatch:
     assert "3145728 bytes are needed" in failure.message
     assert world.entries == [old]
     assert world.leftovers == []
+
+
+async def test_room_is_made_for_what_an_archive_holds_too(world: World, monkeypatch: pytest.MonkeyPatch):
+    for number in range(10):
+        url = put(world, os.urandom(MIB), name=f"old-{number}.gguf")
+        await world.checkpoint(url=url, task_id=f"o{number}")
+        world.inputs.release(f"o{number}")
+    packed = tar_of({"m/config.json": b"{}", "m/model.safetensors": os.urandom(2 * MIB) + bytes(2 * MIB)})
+    assert len(packed) < 3 * MIB
+    let_disk_be(world, taken(world.results / ".cache") + MIB // 5, monkeypatch)
+
+    found = await world.checkpoint(url=put(world, packed, name="new.tar.gz"))
+
+    assert (found / "model.safetensors").stat().st_size == 4 * MIB
 
 
 async def test_a_body_without_an_end_leaves_the_reserve(world: World, monkeypatch: pytest.MonkeyPatch):
