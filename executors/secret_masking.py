@@ -9,7 +9,8 @@ from pydantic import JsonValue
 _MASK = "***"
 _LONGEST_SHOWN = 200
 _SECRET_KEY = re.compile(
-    r"auth(?!ors?$)|cookie|token$|secret|passw|passphrase|pwd$|credential|bearer|signature$|(api|access|private)key"
+    r"auth(?!ors?$)|cookie|token(?!s|i)|secret|passw|passphrase|^pass$|pwd$|credential|bearer|signature$|"
+    r"(api|access|private)key"
 )
 """In keys without case, dashes and underscores; `max_tokens`, `tokenizer` and `author` are none."""
 _QUERY_KEY = re.compile(r"[\w.\[\]-]{1,60}")

@@ -14,7 +14,9 @@ _MOST_PROBLEMS = 5
 _MOST_PARTS = 8
 _DEEPEST = 4
 _SECRET = re.compile(
-    r"header|auth(?!or\b)|cookie|token(?!s|iz)|secret|passw|pwd|credential|(api|access|private)[-_ ]?key", re.IGNORECASE
+    r"header|auth(?!or\b)|cookie|token(?!s|iz)|secret|passw|passphrase|pwd|credential|bearer|signature|"
+    r"(api|access|private)[-_ ]?key",
+    re.IGNORECASE,
 )
 """Places whose values may be secrets and are not repeated."""
 _HIDDEN = "(hidden)"

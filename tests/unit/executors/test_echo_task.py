@@ -55,7 +55,7 @@ def test_secrets_are_masked_wherever_they_stand(tmp_path: Path):
     [
         "X-API-Key", "api-key", "apiKey", "Cookie", "Set-Cookie", "X-Auth", "auth", "access_key", "AWS-Access-Key-Id",
         "aws_secret_access_key", "PRIVATE-TOKEN", "hf_token", "privateKey", "PassPhrase", "Password", "credentials",
-        "proxy-authorization", "signature",
+        "proxy-authorization", "signature", "tokenValue", "pass",
     ],
 )  # fmt: skip
 def test_a_key_of_a_secret_is_known_in_any_spelling(key: str, tmp_path: Path):
