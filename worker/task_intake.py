@@ -148,8 +148,11 @@ class TaskIntake:
         """Read a message; None also when that breaks, which must not keep the others from being read."""
         try:
             return self._read(raw, received_at, received)
-        except Exception:
-            log.exception("a task message broke what reads it", action="malformed")
+        except Exception as error:  # a fault of ours: the next message is read all the same
+            log.exception(
+                "a task message broke what reads it; it gets no answer, and one from the journal is tried again at the "
+                "next start", action="malformed", error=str(error),
+            )  # fmt: skip
             return None
 
     def _read(self, raw: bytes, received_at: float, received: float) -> ArrivedMessage | None:
