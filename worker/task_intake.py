@@ -149,10 +149,8 @@ class TaskIntake:
         try:
             return self._read(raw, received_at, received)
         except Exception as error:  # a fault of ours: the next message is read all the same
-            log.exception(
-                "a task message broke what reads it; it gets no answer, and one from the journal is tried again at the "
-                "next start", action="malformed", error=str(error),
-            )  # fmt: skip
+            text = "a message broke what reads it: no answer now; one from the journal is tried again at the next start"
+            log.exception(text, action="malformed", error=str(error))
             return None
 
     def _read(self, raw: bytes, received_at: float, received: float) -> ArrivedMessage | None:
