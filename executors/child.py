@@ -162,6 +162,7 @@ class Engine:
             report,
             order.spec,
             order.inputs,
+            order.why_this_executor,
         )
 
 

@@ -58,6 +58,7 @@ class RunTask(_Message):
     out_dir: Path
     children: tuple[ChildTask, ...] = ()
     inputs: dict[str, Path] = Field(default_factory=dict)
+    why_this_executor: str = ""
 
 
 class CancelTask(_Message):

@@ -60,6 +60,17 @@ class EnginePolicy(BaseModel):
     allow_remote_code: bool = False
 
 
+@dataclass(frozen=True)
+class EngineHost:
+    """What the daemon knows of this host when it chooses an executor; nothing heavy has been imported for it.
+
+    Attributes:
+        gpus: GPUs that engines may use.
+    """
+
+    gpus: int = 0
+
+
 class RunReport(Protocol):
     """How a running task talks to the daemon. Calls are cheap, thread-safe and never raise, but for the last."""
 
@@ -112,6 +123,7 @@ class ExecutorTask(Generic[SpecT]):
         report: progress, log, cancel.
         sent_spec: the spec as it was sent, before it was validated.
         inputs: where the files lie that `TaskSpec.inputs` asked for, by their names; each child has its own.
+        why_this_executor: one sentence, where the kind of task has several executors; else empty.
     """
 
     task_id: str
@@ -122,6 +134,7 @@ class ExecutorTask(Generic[SpecT]):
     report: RunReport
     sent_spec: JsonObject = field(default_factory=dict)
     inputs: Mapping[str, Path] = field(default_factory=dict)
+    why_this_executor: str = ""
 
 
 class Artifact(BaseModel):
@@ -168,9 +181,10 @@ class TaskOutput(BaseModel):
 
 
 class Executor(ABC, Generic[SpecT]):
-    """One kind of task. An engine process makes one instance, loads it once and runs many tasks with it, one at a time.
+    """One kind of task. An engine process makes one instance, loads it once and runs many tasks with it.
 
-    The constructor takes no arguments and does nothing heavy.
+    They run one at a time, or, where `concurrent` is set, several at once, each in a thread of its own. The constructor
+    takes no arguments and does nothing heavy.
     """
 
     spec_type: ClassVar[type[TaskSpec]]
@@ -178,6 +192,19 @@ class Executor(ABC, Generic[SpecT]):
 
     exclusive: ClassVar[bool] = True
     """Whether its engine uses the accelerator or much memory, so that at most one such engine lives at a time."""
+
+    concurrent: ClassVar[bool] = False
+    """Whether `run` may be called for several tasks of one engine key at once, from different threads."""
+
+    @classmethod
+    def unsuitable(cls, spec: SpecT, host: EngineHost) -> str:
+        """Say why this executor cannot, or should not, run this spec on this host; empty if it can.
+
+        It is asked only where a kind of task has several executors (`executors.catalog`): the first that can is taken.
+        The text completes the sentence "not <name>: …".
+        """
+        del spec, host
+        return ""
 
     @classmethod
     def engine_key(cls, spec: SpecT) -> str:
