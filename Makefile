@@ -8,6 +8,8 @@ VENV := $(or $(UV_PROJECT_ENVIRONMENT),.venv)
 PYTHON := $(VENV)/bin/python
 ARGS ?=
 KEEP ?=
+# pytest's status when ARGS leave nothing of a stage; without ARGS that is a failure
+NOTHING_CHOSEN := [[ $$? -eq 5 && -n '$(ARGS)' ]]
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
@@ -17,8 +19,9 @@ demo: ## run a broker, a worker and one real inference task (KEEP=1: leave broke
 	@scripts/bootstrap.sh demo
 	@$(PYTHON) -m worker.commands.command_line demo $(if $(filter-out 0 no false,$(KEEP)),--keep) $(ARGS)
 
-test: setup ## run all tests, against a real broker and the real daemon
-	@$(PYTHON) -m pytest $(ARGS)
+test: setup ## run all tests, against a real broker and the real daemon; those with vLLM last
+	@$(PYTHON) -m pytest -m 'not vllm' $(ARGS) || $(NOTHING_CHOSEN)
+	@$(PYTHON) -m pytest -m vllm $(ARGS) || $(NOTHING_CHOSEN)
 
 check: setup ## run what CI runs beside the tests: lint, format, types, generated pages, lock file
 	$(PYTHON) -m ruff check

