@@ -38,6 +38,7 @@ def measure(broker: Broker, *, pairs: int) -> list[Row]:
         return []
     spec = {
         "taskType": "inference",
+        "enforce_cpu": True,
         "model": {"source": {"identifier": str(model)}},
         "data": {"type": "list", "items": list(PROMPTS)},
         "inference": {"temperature": 0, "max_tokens": _NEW_TOKENS},

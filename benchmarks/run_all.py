@@ -22,12 +22,14 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 from benchmarks import (
     archive_speed,
+    batched_tasks,
     dispatch_latency,
     inference_overhead,
     memory_use,
     noop_throughput,
     start_time,
     upload_speed,
+    vllm_overhead,
 )
 from benchmarks.broker_link import BenchError
 from benchmarks.live_worker import Broker, running_broker
@@ -45,6 +47,8 @@ def measurements(*, quick: bool) -> dict[str, Measurement]:
         "latency": partial(dispatch_latency.measure, back_to_back=100 if quick else 500, paced=20 if quick else 80),
         "throughput": partial(noop_throughput.measure, tasks=500 if quick else 2000, rounds=1 if quick else 3),
         "inference": partial(inference_overhead.measure, pairs=1 if quick else 3),
+        "vllm": partial(vllm_overhead.measure, pairs=2 if quick else 7),
+        "batched": partial(batched_tasks.measure, rounds=1 if quick else 5),
         "archive": lambda _: archive_speed.measure(quick=quick),
         "upload": partial(upload_speed.measure, megabytes=200 if quick else 1000, rounds=3 if quick else 5),
     }
@@ -87,7 +91,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the worker against its targets.")
     names = list(measurements(quick=True))
     parser.add_argument("--only", nargs="+", choices=names, help="measure only these")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: rough figures in about a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: rough figures in a minute, with vLLM in a few")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file too")
     return parser.parse_args(arguments)
 

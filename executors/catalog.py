@@ -1,5 +1,6 @@
 """Which kinds of task exist, and where their executors live. Plain data: importing this loads no executor.
 
+A kind may have several executors, in order of preference: the daemon takes the first that can run a task.
 Other distributions add kinds through the entry point group `flowmesh_worker.executors` (docs/adding-an-executor.md).
 """
 
@@ -24,26 +25,45 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """One kind of task.
+    """One executor of a kind of task.
 
     Attributes:
         kind: the task type, lower case.
         target: the executor as "module:Class".
         extra: the extra of this project that installs its libraries; empty if it needs none or is not ours.
         requires: top-level modules that must be importable.
+        name: the executor's own name, lower case; that of the kind where this is its only executor.
     """
 
     kind: str
     target: str
     extra: str = ""
     requires: tuple[str, ...] = ()
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        """Fill in the name."""
+        object.__setattr__(self, "name", self.name or self.kind)
+
+    @property
+    def key(self) -> str:
+        """The kind, with the executor's name where it has one of its own."""
+        return self.kind if self.name == self.kind else f"{self.kind}.{self.name}"
 
 
 _BUILT_IN = (
     CatalogEntry("echo", "executors.echo_task:EchoTask"),
     CatalogEntry(
         "inference",
+        "executors.vllm_generation:VllmGeneration",
+        name="vllm",
+        extra="vllm",
+        requires=("vllm", "torch", "transformers"),
+    ),
+    CatalogEntry(
+        "inference",
         "executors.text_generation:TextGeneration",
+        name="transformers",
         extra="inference",
         requires=("torch", "transformers", "accelerate"),
     ),
@@ -51,9 +71,11 @@ _BUILT_IN = (
 
 
 @cache
-def entries() -> dict[str, CatalogEntry]:
-    """All kinds of task by name: ours, then those of other distributions."""
-    found = {entry.kind: entry for entry in _BUILT_IN}
+def entries() -> dict[str, tuple[CatalogEntry, ...]]:
+    """All kinds of task by name, ours and those of other distributions, with their executors, the preferred first."""
+    found: dict[str, tuple[CatalogEntry, ...]] = {}
+    for entry in _BUILT_IN:
+        found[entry.kind] = (*found.get(entry.kind, ()), entry)
     for point in entry_points(group=ENTRY_POINT_GROUP):
         kind = point.name.strip().lower()
         if kind in found:
@@ -61,7 +83,7 @@ def entries() -> dict[str, CatalogEntry]:
                 "entry point ignored: this kind exists already", action="catalog", kind=kind, target=point.value
             )
         else:
-            found[kind] = CatalogEntry(kind, point.value)
+            found[kind] = (CatalogEntry(kind, point.value),)
     return found
 
 
@@ -70,11 +92,16 @@ def missing_libraries(entry: CatalogEntry) -> list[str]:
     return [name for name in entry.requires if importlib.util.find_spec(name) is None]
 
 
+def install_command(entry: CatalogEntry) -> str:
+    """The command, or what to do, that installs what an executor needs."""
+    if entry.extra:
+        return f"uv sync --inexact --extra {entry.extra}"
+    return f"install the distribution that provides {entry.target.partition(':')[0]}"
+
+
 def install_hint(entry: CatalogEntry) -> str:
     """Say how to install what an executor needs."""
-    if entry.extra:
-        return f"install it on the worker: uv sync --inexact --extra {entry.extra}"
-    return f"install the distribution that provides {entry.target.partition(':')[0]}"
+    return f"install it on the worker: {install_command(entry)}" if entry.extra else install_command(entry)
 
 
 def executor_class(entry: CatalogEntry) -> type[Executor[Any]]:

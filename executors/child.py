@@ -2,8 +2,9 @@
 
 Loads one executor, runs its tasks, says what happens.
 
-Two threads: the main thread computes; a reader thread takes orders, so that a cancel is heard while a task runs. When
-the daemon is gone the order stream ends, and the process ends with everything in its process group.
+The main thread computes; a reader thread takes orders, so that a cancel is heard while a task runs. Where the executor
+is `concurrent`, each task has a thread of its own instead, and the main thread only starts them. When the daemon is
+gone the order stream ends, and the process ends with everything in its process group.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
+from typing import Any, Final, Literal
 
 from executors.catalog import CatalogEntry, executor_class
 from executors.child_messages import (
@@ -32,9 +33,12 @@ from executors.child_messages import (
     TaskFailed,
     to_engine,
 )
-from executors.contract import EnginePolicy, Executor, ExecutorTask, LogLevel, MergedChild, TaskOutput
+from executors.contract import EnginePolicy, Executor, ExecutorTask, Failure, LogLevel, MergedChild, TaskOutput
 from executors.errors import ExecutorError, TaskCancelledError
-from executors.failure_report import encodable, verdict_on
+from executors.failure_report import Verdict, encodable, verdict_on
+
+_LOAD_POLL_SEC: Final = 0.1
+"""How often a task that waits for another one's load looks whether it was cancelled meanwhile."""
 
 
 class Channel:
@@ -57,7 +61,7 @@ class Channel:
 
 
 class Report:
-    """The running task's `RunReport`."""
+    """A running task's `RunReport`."""
 
     def __init__(self, channel: Channel, task_id: str) -> None:
         self._channel = channel
@@ -101,45 +105,116 @@ class Report:
         if self.cancelled:
             raise TaskCancelledError("the task was asked to stop")
 
-    def cancel(self, task_id: str) -> None:
-        """Note the daemon's wish, if it is about this task."""
-        if task_id == self._task_id:
-            self._cancel.set()
+    def cancel(self) -> None:
+        """Note the daemon's wish."""
+        self._cancel.set()
+
+
+class LoadGivenUpError(Exception):
+    """The load that this task waited for ended because the task that had begun it was stopped."""
+
+
+class SharedLoad:
+    """The one load of an engine's life: the first task does it, those that come meanwhile wait for it.
+
+    Args:
+        executor: what is loaded.
+    """
+
+    def __init__(self, executor: Executor[Any]) -> None:
+        self._executor = executor
+        self._state: Literal["none", "running", "done", "failed"] = "none"
+        self._beginning = threading.Lock()
+        self._over = threading.Event()
+        self._error: Exception | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether the executor is loaded, or may be soon."""
+        return self._state in {"running", "done"}
+
+    def ensure(self, task: ExecutorTask[Any]) -> bool:
+        """Load, or wait for the load; False if all was loaded before.
+
+        Raises:
+            Exception: what the load raised, to every task that waits for it.
+        """
+        if self._state == "done":
+            return False
+        with self._beginning:
+            first = self._state == "none"
+            if first:
+                self._state = "running"
+        if first:
+            self._load(task)
+        else:
+            self._wait(task)
+        return True
+
+    def _load(self, task: ExecutorTask[Any]) -> None:
+        try:
+            self._executor.load(task)
+        except Exception as error:
+            stopped = isinstance(error, TaskCancelledError)
+            self._error = LoadGivenUpError(task.task_id) if stopped else error
+            self._state = "failed"
+            self._over.set()
+            raise
+        self._state = "done"
+        self._over.set()
+
+    def _wait(self, task: ExecutorTask[Any]) -> None:
+        while not self._over.wait(_LOAD_POLL_SEC):
+            task.report.raise_if_cancelled()
+        if self._error is not None:
+            raise self._error
 
 
 class Engine:
-    """One executor and its current task."""
+    """One executor and its tasks."""
 
     def __init__(self, channel: Channel, executor: Executor[Any], policy: EnginePolicy) -> None:
         self._channel = channel
         self._executor = executor
         self._policy = policy
-        self._loaded = False
+        self._load = SharedLoad(executor)
+        self._reports: dict[str, Report] = {}
 
-    def run(self, order: RunTask, report: Report) -> None:
+    def expect(self, order: RunTask) -> None:
+        """From now on a cancel reaches this task."""
+        self._reports[order.task_id] = Report(self._channel, order.task_id)
+
+    def cancel(self, task_id: str) -> None:
+        """Pass the daemon's wish on, if that task is here."""
+        if (report := self._reports.get(task_id)) is not None:
+            report.cancel()
+
+    def run(self, order: RunTask) -> None:
         """Load if that has not happened yet, run, and answer exactly once."""
+        answer = self._answer(order, self._reports[order.task_id])
+        sys.stdout.flush()
+        del self._reports[order.task_id]  # before the answer: after it the same id may come again
+        self._channel.send_line(answer)
+
+    def _answer(self, order: RunTask, report: Report) -> bytes:
         try:
             task = self._task(order, report)
-            if not self._loaded:
-                began = time.monotonic()
-                self._executor.load(task)
-                self._loaded = True
+            began = time.monotonic()
+            if self._load.ensure(task):
                 self._channel.send(Loaded(task_id=order.task_id, load_sec=time.monotonic() - began))
                 report.raise_if_cancelled()
             began = time.monotonic()
             output = self._checked(self._executor.run(task))
-            answer = TaskDone(task_id=order.task_id, output=output, run_sec=time.monotonic() - began).encode()
+            return TaskDone(task_id=order.task_id, output=output, run_sec=time.monotonic() - began).encode()
         except Exception as error:  # noqa: BLE001 - whatever an executor raises is the task's failure, not the process's end
-            foreseen = isinstance(error, ExecutorError)
+            foreseen = isinstance(error, ExecutorError | LoadGivenUpError)
             if not foreseen:
                 traceback.print_exc()
-            verdict = verdict_on(error)
-            usable = verdict.engine_usable and self._loaded
-            answer = TaskFailed(
+            verdict = _given_up(error) if isinstance(error, LoadGivenUpError) else verdict_on(error)
+            usable = verdict.engine_usable and self._load.usable
+            return TaskFailed(
                 task_id=order.task_id, failure=verdict.failure, foreseen=foreseen, engine_usable=usable
             ).encode()
-        sys.stdout.flush()
-        self._channel.send_line(answer)
 
     def _checked(self, output: object) -> TaskOutput:
         if not isinstance(output, TaskOutput):
@@ -166,6 +241,12 @@ class Engine:
         )
 
 
+def _given_up(error: LoadGivenUpError) -> Verdict:
+    text = f"the load was given up: task {error}, which had begun it for all that waited, was stopped"
+    hint = "send the task again: the fault is not its own"
+    return Verdict(Failure(reason="engine_crash", message=text, hint=hint, retryable=True), engine_usable=False)
+
+
 def _end_group() -> None:
     """End this process and all that it started and that stayed in its group."""
     os.killpg(os.getpgrp(), signal.SIGKILL)
@@ -189,6 +270,28 @@ def _end_with_daemon(lifeline: int) -> None:
     _end_group()
 
 
+def _listen(channel: Channel, engine: Engine, todo: queue.SimpleQueue[RunTask | BaseException]) -> None:
+    """Take orders until the daemon is gone."""
+    try:
+        for line in channel.lines:
+            order = to_engine.validate_json(line)
+            if isinstance(order, RunTask):
+                engine.expect(order)
+                todo.put(order)
+            elif isinstance(order, CancelTask):
+                engine.cancel(order.task_id)
+    finally:
+        _end_group()
+
+
+def _run_beside(engine: Engine, order: RunTask, todo: queue.SimpleQueue[RunTask | BaseException]) -> None:
+    """Run a task in a thread of its own."""
+    try:
+        engine.run(order)
+    except BaseException as error:  # noqa: BLE001 - the main thread raises it, and the process ends with it
+        todo.put(error)
+
+
 def main() -> None:
     """Serve orders until the daemon closes the channel."""
     faulthandler.enable()
@@ -197,27 +300,19 @@ def main() -> None:
     start = to_engine.validate_json(channel.lines.readline())
     if not isinstance(start, StartEngine):
         raise SystemExit(f"first order is {start.type!r}, expected 'start'")
-    orders: queue.SimpleQueue[RunTask] = queue.SimpleQueue()
-    current: list[Report] = []
-
-    def listen() -> None:
-        try:
-            for line in channel.lines:
-                order = to_engine.validate_json(line)
-                if isinstance(order, RunTask):
-                    current[:] = [Report(channel, order.task_id)]
-                    orders.put(order)
-                elif isinstance(order, CancelTask) and current:
-                    current[0].cancel(order.task_id)
-        finally:
-            _end_group()
-
     executor = executor_class(CatalogEntry(kind="", target=start.executor))()
     engine = Engine(channel, executor, start.policy)
-    threading.Thread(target=listen, name="orders", daemon=True).start()
+    todo: queue.SimpleQueue[RunTask | BaseException] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(channel, engine, todo), name="orders", daemon=True).start()
     while True:
-        order = orders.get()
-        engine.run(order, current[0])
+        order = todo.get()
+        if isinstance(order, BaseException):
+            raise order
+        if executor.concurrent:
+            name = f"task {order.task_id}"
+            threading.Thread(target=_run_beside, args=(engine, order, todo), name=name, daemon=True).start()
+        else:
+            engine.run(order)
 
 
 def _exit_of(error: BaseException) -> int:

@@ -52,12 +52,14 @@ class EnginePolicy(BaseModel):
     Attributes:
         allowed_roots: absolute folders from which a task may read models and data files.
         allow_remote_code: whether `trust_remote_code` in a spec is honoured.
+        gpus: names (NVML UUIDs) of the GPUs that engines may use, in the order in which CUDA numbers them.
     """
 
     model_config = ConfigDict(frozen=True)
 
     allowed_roots: tuple[Path, ...] = ()
     allow_remote_code: bool = False
+    gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ ExecutorError            base; carries reason, hint and whether another try can 
 ├─ BadDataError          the task's data cannot be used
 ├─ MissingLibraryError   a library of the executor's extra is not installed
 ├─ ModelLoadError        the model cannot be found or loaded
+├─ EngineCrashError      what the executor has loaded is broken; the engine process must be replaced
+│  └─ EngineMemoryError  because a GPU's memory ran out
 └─ TaskCancelledError    the daemon asked the task to stop, and it did
 """
 
@@ -49,6 +51,7 @@ class ExecutorError(Exception):
 
     reason: ClassVar[Reason] = "executor_error"
     retryable: ClassVar[bool] = False
+    engine_usable: ClassVar[bool] = True
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -78,6 +81,21 @@ class ModelLoadError(ExecutorError):
     """The model cannot be found or loaded."""
 
     reason = "model_load"
+
+
+class EngineCrashError(ExecutorError):
+    """What the executor has loaded is broken, so that no further task can run with it."""
+
+    reason: ClassVar[Reason] = "engine_crash"
+    retryable = True
+    engine_usable = False
+
+
+class EngineMemoryError(EngineCrashError):
+    """A GPU's memory ran out, and the engine with it."""
+
+    reason = "gpu_oom"
+    retryable = False
 
 
 class TaskCancelledError(ExecutorError):

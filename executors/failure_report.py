@@ -26,7 +26,7 @@ def verdict_on(error: Exception) -> Verdict:  # noqa: PLR0911 - one return for e
     if isinstance(error, ExecutorError):
         message, hint = encodable(error.message), encodable(error.hint)
         failure = Failure(reason=error.reason, message=message, hint=hint, retryable=error.retryable)
-        return Verdict(failure, engine_usable=True)
+        return Verdict(failure, engine_usable=error.engine_usable)
     # torch.OutOfMemoryError, recognised by name so that torch is not imported here.
     if type(error).__name__ == "OutOfMemoryError":
         hint = "lower the batch size, the number of new tokens or the model's size, or use a GPU with more memory"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from executors.errors import BadDataError, BadSpecError
-from executors.inference_spec import GraphColumn, GraphTemplate
+from executors.prompt_spec import GraphColumn, GraphTemplate
 
 _SEGMENT = re.compile(r"([^\[\]]*)((?:\[\d+\])*)")
 _PLACEHOLDER = re.compile(r"\{col(\d+)_(label|value)\}")

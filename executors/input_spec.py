@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from executors.task_spec import Headers, SpecSection
+from executors.task_spec import Headers, SpecSection, lower
 
 InputKind = Literal["checkpoint", "adapter", "file"]
 ArchiveFormat = Literal["auto", "zip", "tar", "tar.gz", "tgz", "tar.bz2", "tar.xz", "none"]
@@ -95,10 +95,6 @@ def _digest(value: str) -> str:
     return digest
 
 
-def _lower(value: object) -> object:
-    return value.strip().lower() if isinstance(value, str) else value
-
-
 Line = Annotated[str, AfterValidator(_one_line)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 TaskReference = Annotated[str, AfterValidator(_task_id)]
@@ -147,7 +143,7 @@ class _FetchedFolder(_InputSection):
     base_url: Line = ""
     headers: Headers = Field(default_factory=dict, repr=False)
     timeout_sec: Seconds | None = Field(default=None, alias="timeoutSec")
-    archive_format: Annotated[ArchiveFormat, BeforeValidator(_lower)] = "auto"
+    archive_format: Annotated[ArchiveFormat, BeforeValidator(lower)] = "auto"
     subdir: InnerFolder = ""
     sha256: Digest = ""
 
@@ -173,7 +169,7 @@ class CheckpointLoad(_FetchedFolder):
         pydantic.ValidationError: nothing to look for is given, or a name would leave its folder.
     """
 
-    type: Annotated[Literal["local", "http"], BeforeValidator(_lower)] | None = None
+    type: Annotated[Literal["local", "http"], BeforeValidator(lower)] | None = None
     uri: Line = ""
 
     @model_validator(mode="after")
@@ -220,9 +216,9 @@ class AdapterEntry(_FetchedFolder):
 
     same: ClassVar[dict[str, tuple[str, ...]]] = {"taskId": ("taskId", "task_id"), "name": ("name", "id", "adapter_id")}
 
-    type: Annotated[str, BeforeValidator(_lower)] = "lora"
+    type: Annotated[str, BeforeValidator(lower)] = "lora"
     name: FileName = ""
-    apply: Annotated[Literal["runtime", "merge"], BeforeValidator(_lower)] = "runtime"
+    apply: Annotated[Literal["runtime", "merge"], BeforeValidator(lower)] = "runtime"
     scale: float = 1.0
 
     @model_validator(mode="before")
@@ -276,7 +272,7 @@ class JsonlSource(_InputSection):
     filename: FileName = ""
     headers: Headers = Field(default_factory=dict, repr=False)
     timeout_sec: Seconds | None = Field(default=None, alias="timeoutSec")
-    archive_format: Annotated[ArchiveFormat, BeforeValidator(_lower)] = "none"
+    archive_format: Annotated[ArchiveFormat, BeforeValidator(lower)] = "none"
     sha256: Digest = ""
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,38 +14,18 @@ import psutil
 
 from executors.contract import EnginePolicy
 from executors.errors import BadSpecError, MissingLibraryError, ModelLoadError
-from executors.inference_spec import CHECKPOINT, InferenceSpec
-from executors.local_paths import confine, find_local
+from executors.inference_spec import InferenceSpec
+from executors.lora_adapters import Adapter, identity
+from executors.lora_merging import merge_into
+from executors.prompt_rendering import PromptRenderer
+from executors.transformers_adapters import check_adapters
+from executors.weights_source import WeightsSource, find_weights, hub_options
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _SPREADING_MAPS = frozenset({"auto", "balanced", "balanced_low_0"})
-_TOKENIZER_FILES = frozenset(
-    {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
-)
-_MOST_NAMED = 5
 _INSTALL_HINT = "Install the extra on the worker: uv sync --inexact --extra inference."
-
-
-@dataclass(frozen=True)
-class WeightsSource:
-    """Where weights come from.
-
-    Attributes:
-        location: a hub name, or the absolute folder.
-        gguf_file: the quantised file inside it; None for ordinary weights.
-        stamp: name, size and change time of each local file, to notice weights that were written anew;
-            empty for the hub.
-        weights_file: the file inside it that holds weights and nothing else; None if the folder is a whole model.
-        base: what lacks here (tokenizer, configuration of a lone weights file) comes from there; None: nothing lacks.
-    """
-
-    location: str
-    gguf_file: str | None
-    stamp: tuple[tuple[str, int, int], ...]
-    weights_file: str | None = None
-    base: WeightsSource | None = None
 
 
 @dataclass(frozen=True)
@@ -54,23 +34,27 @@ class LoadedModel:
 
     Attributes:
         model: in evaluation mode, with no sampling defaults of its own.
-        tokenizer: belongs to the model.
-        end_ids: tokens that end a text.
+        renderer: makes tokens for it.
         pad_id: fills up shorter rows.
-        context_tokens: prompt and output together at most; None when the model has no such limit.
         device: for example `cpu` or `cuda:0`, or `cuda:0,cuda:1` when spread.
         dtype: type of the weights in memory, for example `bfloat16`.
         source: what was loaded.
+        vocabulary: how many scores the model gives at each place.
+        never: tokens that the model's own configuration rules out.
+        not_first: tokens that it rules out at the start of an output.
+        merged: adapters that are in the weights.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    end_ids: frozenset[int]
+    renderer: PromptRenderer
     pad_id: int
-    context_tokens: int | None
     device: str
     dtype: str
     source: WeightsSource
+    vocabulary: int
+    never: tuple[int, ...] = ()
+    not_first: tuple[int, ...] = ()
+    merged: tuple[Adapter, ...] = ()
 
 
 def engine_key(spec: InferenceSpec) -> str:
@@ -90,111 +74,25 @@ def engine_key(spec: InferenceSpec) -> str:
             "bits": 8 if options.load_in_8bit else 4 if options.load_in_4bit else None,
             "flash_attention": options.use_flash_attention_2,
             "remote_code": spec.trusts_remote_code,
+            "merged": identity(spec.model.adapters),
         },
         sort_keys=True,
     )
 
 
-def find_weights(spec: InferenceSpec, policy: EnginePolicy, inputs: Mapping[str, Path]) -> WeightsSource:
-    """Find the weights that a spec names, without reading them.
+def load_model(
+    spec: InferenceSpec, policy: EnginePolicy, inputs: Mapping[str, Path], merged: Sequence[Adapter] = ()
+) -> LoadedModel:
+    """Load model and tokenizer.
 
     Args:
         spec: the spec.
-        policy: holds the allowed roots.
-        inputs: what the daemon has found or fetched; with `checkpoint.load` in the spec it holds `CHECKPOINT`.
+        policy: what the operator allows.
+        inputs: what the daemon has found or fetched.
+        merged: adapters to merge into the weights.
 
     Raises:
-        BadSpecError: the path is missing, not allowed, or a folder in which the GGUF file is not clear; a checkpoint
-            that is no model.
-        ModelLoadError: the checkpoint has vanished.
-    """
-    if spec.checkpoint.load is None:
-        return _find_named(spec, policy)
-    if CHECKPOINT not in inputs:
-        raise RuntimeError("spec.checkpoint.load is set, but the daemon gave the engine no files for it")
-    try:
-        return _find_checkpoint(spec, policy, inputs[CHECKPOINT])
-    except FileNotFoundError as error:
-        raise ModelLoadError(
-            f"spec.checkpoint.load: {inputs[CHECKPOINT]} has vanished", hint="Send the task again."
-        ) from error
-
-
-def _find_checkpoint(spec: InferenceSpec, policy: EnginePolicy, found: Path) -> WeightsSource:
-    field = "spec.checkpoint.load"
-    files = [found] if found.is_file() else sorted(path for path in found.iterdir() if path.is_file())
-    names = {path.name for path in files}
-    if "adapter_config.json" in names:
-        raise BadSpecError(
-            f"{field} is a LoRA adapter ({found.name!r} holds adapter_config.json), and this version runs none; "
-            "expected whole weights",
-            hint="Merge the adapter into its model, and give the merged folder.",
-        )
-    if found.is_dir() and "config.json" in names:
-        base = None if names & _TOKENIZER_FILES else _base_of(spec, policy, f"{field} has no tokenizer files")
-        return WeightsSource(str(found), None, _stamp(files), base=base)
-    weights = [path for path in files if path.suffix.lower() in {".gguf", ".safetensors"}]
-    if len(weights) != 1:
-        what = ", ".join(path.name for path in weights or files[:_MOST_NAMED]) or "nothing"
-        raise BadSpecError(
-            f"{field} is {found.name!r}, which holds {what}; "
-            "expected a folder with config.json, or one .gguf or .safetensors file",
-            hint="Give spec.checkpoint.load.subdir where the model lies deeper in an archive.",
-        )
-    (file,) = weights
-    if file.suffix.lower() == ".gguf":
-        return WeightsSource(str(file.parent), file.name, _stamp([file]))
-    base = _base_of(spec, policy, f"{field} is the file {file.name!r} alone, without config.json")
-    if base.gguf_file or base.weights_file:
-        raise BadSpecError(
-            f"{field} is the file {file.name!r} alone; spec.model.source is a .gguf file, which cannot complete it",
-            hint="Name the model in its ordinary form in spec.model.source.identifier.",
-        )
-    return WeightsSource(str(file.parent), None, _stamp([file]), weights_file=file.name, base=base)
-
-
-def _base_of(spec: InferenceSpec, policy: EnginePolicy, what_lacks: str) -> WeightsSource:
-    if not spec.model.source.identifier:
-        raise BadSpecError(f"{what_lacks}; expected spec.model.source.identifier to name the model it belongs to")
-    return _find_named(spec, policy)
-
-
-def _find_named(spec: InferenceSpec, policy: EnginePolicy) -> WeightsSource:
-    source = spec.model.source
-    field = "spec.model.source.identifier"
-    local = find_local(source.identifier, field, policy)
-    if local is None:
-        return WeightsSource(location=source.identifier, gguf_file=source.gguf_file, stamp=())
-    if local.is_file():
-        if local.suffix.lower() != ".gguf":
-            raise BadSpecError(f"{field} is the file {str(local)!r}; expected a folder with a model, or a .gguf file")
-        return WeightsSource(location=str(local.parent), gguf_file=local.name, stamp=_stamp([local]))
-    if source.gguf_file:
-        chosen = confine(local / source.gguf_file, "spec.model.source.gguf_file", policy)
-        return WeightsSource(location=str(chosen.parent), gguf_file=chosen.name, stamp=_stamp([chosen]))
-    files = [path for path in local.iterdir() if path.is_file()]
-    if any(path.name == "config.json" for path in files):
-        return WeightsSource(location=str(local), gguf_file=None, stamp=_stamp(files))
-    quantised = sorted(path.name for path in files if path.suffix.lower() == ".gguf")
-    if len(quantised) != 1:
-        found = f"the files {', '.join(quantised)}" if quantised else "neither config.json nor a .gguf file"
-        raise BadSpecError(
-            f"{field} is the folder {str(local)!r}, which has {found}; expected config.json or one .gguf file",
-            hint="Name one of several .gguf files in spec.model.source.gguf_file.",
-        )
-    return WeightsSource(location=str(local), gguf_file=quantised[0], stamp=_stamp(files))
-
-
-def _stamp(files: list[Path]) -> tuple[tuple[str, int, int], ...]:
-    facts = ((path.name, path.stat()) for path in sorted(files))
-    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in facts)
-
-
-def load_model(spec: InferenceSpec, policy: EnginePolicy, inputs: Mapping[str, Path]) -> LoadedModel:
-    """Load model and tokenizer.
-
-    Raises:
-        BadSpecError: a path or device that cannot be used here.
+        BadSpecError: a path or device that cannot be used here, or an adapter of another model.
         MissingLibraryError: Transformers, or what a chosen option needs, is not installed.
         ModelLoadError: not found, not readable, not a text generation model.
     """
@@ -207,10 +105,13 @@ def load_model(spec: InferenceSpec, policy: EnginePolicy, inputs: Mapping[str, P
         import transformers
     except ImportError as error:
         raise MissingLibraryError(f"inference needs torch and transformers: {error}", hint=_INSTALL_HINT) from error
+    if merged:
+        _require_whole_weights(spec)
+        check_adapters(merged, source, name)
     options = _weight_options(spec, source)
     base = source.base or source
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base.location, **_where(spec, policy, base))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base.location, **hub_options(spec, policy, base))
         model = _load_weights(spec, policy, source, options)
     except ImportError as error:
         raise MissingLibraryError(
@@ -224,6 +125,7 @@ def load_model(spec: InferenceSpec, policy: EnginePolicy, inputs: Mapping[str, P
         raise ModelLoadError(
             f"{field} {name!r} cannot be loaded: {type(error).__name__}: {error}", hint=_load_hint(source, error)
         ) from error
+    model = merge_into(model, merged)
     model.eval()
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -235,30 +137,31 @@ def load_model(spec: InferenceSpec, policy: EnginePolicy, inputs: Mapping[str, P
         bos_token_id=kept.bos_token_id,
         eos_token_id=sorted(end_ids) or None,
         pad_token_id=pad_id,
-        suppress_tokens=kept.suppress_tokens,
-        begin_suppress_tokens=kept.begin_suppress_tokens,
     )
     return LoadedModel(
         model=model,
-        tokenizer=tokenizer,
-        end_ids=end_ids,
+        renderer=PromptRenderer(
+            tokenizer, end_ids, getattr(model.config.get_text_config(), "max_position_embeddings", None) or None
+        ),
         pad_id=pad_id,
-        context_tokens=getattr(model.config.get_text_config(), "max_position_embeddings", None) or None,
         device=_device_name(model),
         dtype=str(model.dtype).removeprefix("torch."),
         source=source,
+        vocabulary=model.config.get_text_config().vocab_size,
+        never=tuple(kept.suppress_tokens or ()),
+        not_first=tuple(kept.begin_suppress_tokens or ()),
+        merged=tuple(merged),
     )
 
 
-def _where(spec: InferenceSpec, policy: EnginePolicy, source: WeightsSource) -> dict[str, object]:
-    """What tells Transformers which files, and whether the model's own code may run."""
-    # Many task files ask for remote code without need, so the wish alone is no reason to refuse them.
-    where: dict[str, object] = {"trust_remote_code": spec.trusts_remote_code and policy.allow_remote_code}
-    if spec.model.source.revision and not source.stamp:
-        where["revision"] = spec.model.source.revision
-    if source.gguf_file:
-        where["gguf_file"] = source.gguf_file
-    return where
+def _require_whole_weights(spec: InferenceSpec) -> None:
+    options = spec.model.transformers
+    for key in ("load_in_8bit", "load_in_4bit"):
+        if getattr(options, key):
+            raise BadSpecError(
+                f"spec.model.adapters: an adapter cannot be merged into weights with spec.model.transformers.{key}",
+                hint="Apply it at run time (apply: runtime), or remove the key.",
+            )
 
 
 def _load_weights(
@@ -266,9 +169,9 @@ def _load_weights(
 ) -> PreTrainedModel:
     import transformers
 
-    where = _where(spec, policy, source)
+    where = hub_options(spec, policy, source)
     if source.weights_file and source.base:
-        of_base = _where(spec, policy, source.base)
+        of_base = hub_options(spec, policy, source.base)
         config = transformers.AutoConfig.from_pretrained(source.base.location, **of_base)
         config.transformers_weights = source.weights_file
         try:

@@ -24,6 +24,9 @@ class SpecSection(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
+    passes_unknown_keys: ClassVar[bool] = False
+    """Whether unknown keys of this section have an effect, so that nobody is to be warned of them here."""
+
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, value: object) -> object:
@@ -59,8 +62,14 @@ class Resources(SpecSection):
     estimated_load: JsonValue = Field(default=None, alias="estimatedLoad")
 
 
-def _lower(value: object) -> object:
+def lower(value: object) -> object:
+    """Text in lower case without blanks around it; anything else as it is."""
     return value.strip().lower() if isinstance(value, str) else value
+
+
+def as_list(value: object) -> object:
+    """A single text as a list of one."""
+    return [value] if isinstance(value, str) else value
 
 
 PlainText = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$")]
@@ -70,7 +79,7 @@ PlainText = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$")]
 class Destination(SpecSection):
     """`output.destination` (WIRE 4.1, 5.4, 6)."""
 
-    type: Annotated[Literal["local", "http"], BeforeValidator(_lower)] = "local"
+    type: Annotated[Literal["local", "http"], BeforeValidator(lower)] = "local"
     path: PlainText | None = None
     url: str | None = None
     method: str = "POST"
@@ -128,10 +137,10 @@ def unknown_keys(spec: TaskSpec) -> list[str]:
     ]
 
 
-def _walk(section: BaseModel, path: str) -> Iterator[tuple[str, str]]:
+def _walk(section: SpecSection, path: str) -> Iterator[tuple[str, str]]:
     fields = type(section).model_fields
     known = [info.alias or name for name, info in fields.items()]
-    for key in section.model_extra or {}:
+    for key in () if section.passes_unknown_keys else section.model_extra or {}:
         nearest = difflib.get_close_matches(key, known, n=1)
         yield f"{path}.{key}", f"{path}.{nearest[0]}" if nearest else ""
     for name, info in fields.items():

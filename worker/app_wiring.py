@@ -23,7 +23,8 @@ from worker.destinations import http_policy
 from worker.engine_pool import EnginePool
 from worker.engine_process import EngineSetup
 from worker.event_publisher import EventPublisher
-from worker.gpu_facts import GpuReader
+from worker.gpu_facts import GpuFacts, GpuReader
+from worker.gpu_release import GpuRelease
 from worker.host_facts import read_hardware
 from worker.input_cache import InputCache
 from worker.process_tree import adopt_orphans, end_everything
@@ -71,12 +72,8 @@ class Daemon:
         cache = InputCache(settings.input_cache, settings.worker_cache_max_bytes)
         self._inputs = TaskInputs(self._link, cache, settings)
         self._delivery: TaskDelivery | None = None
-        policy = EnginePolicy(
-            allowed_roots=settings.readable_roots, allow_remote_code=settings.worker_allow_remote_code
-        )
         self._engine_tag = str(state.path) + "/"  # the slash keeps w-1 apart from w-10
-        setup = EngineSetup(tag=self._engine_tag, working_dir=state.path / "engine", policy=policy)
-        self._pool = EnginePool(setup, settings.executor_idle_ttl_sec)
+        self._pool: EnginePool | None = None
 
     async def run(self) -> int:
         """Start, work until a signal, stop.
@@ -100,13 +97,24 @@ class Daemon:
             if self._delivery is not None:
                 await self._delivery.close()
             await self._inputs.close()
-            await self._pool.close()
+            if self._pool is not None:
+                await self._pool.close()
             await self._link.aclose()
             await self._journal.close()
             self._gpus.close()
             for client in (self._client, self._publisher_client):
                 with contextlib.suppress(*DISCONNECTED):
                     await client.aclose()
+
+    def _engine_pool(self, gpus: GpuFacts) -> EnginePool:
+        settings, uuids = self._settings, tuple(gpu.uuid for gpu in gpus.devices)
+        policy = EnginePolicy(
+            allowed_roots=settings.readable_roots, allow_remote_code=settings.worker_allow_remote_code, gpus=uuids
+        )
+        setup = EngineSetup(tag=self._engine_tag, working_dir=self._state.path / "engine", policy=policy)
+        release = GpuRelease()
+        release.watch(uuids)
+        return EnginePool(setup, settings.executor_idle_ttl_sec, release.engine_gone)
 
     async def _live(self) -> int:
         await self._reach_broker()
@@ -115,13 +123,15 @@ class Daemon:
         # What a killed daemon left running would compete for the GPU with what we start.
         leftovers = asyncio.create_task(asyncio.to_thread(end_everything, self._engine_tag))
         await asyncio.to_thread(self._gpus.open)
+        gpu_facts = self._gpus.facts()
         hardware = await asyncio.to_thread(
             read_hardware,
-            self._gpus.facts(),
+            gpu_facts,
             redis_host=urlsplit(self._url).hostname,
             bandwidth_bytes_per_sec=self._settings.worker_network_bandwidth_bytes_per_sec,
         )
         await leftovers
+        pool = self._pool = self._engine_pool(gpu_facts)
         self._inputs.start()
         identity = Identity.describe(
             self._state.worker_id,
@@ -130,7 +140,7 @@ class Daemon:
             self._settings.heartbeat_interval_sec,
         )
         presence = WorkerPresence(identity, self._publisher, self._gpus, hardware)
-        preparation = TaskPreparation(self._settings, self._link, has_gpu=bool(hardware.gpu.gpus))
+        preparation = TaskPreparation(self._settings, self._link, gpus=len(hardware.gpu.gpus))
         preparation.check_mask()
         worker_id = self._state.worker_id
         turnaround_sec = self._settings.task_min_turnaround_ms / 1000
@@ -144,7 +154,7 @@ class Daemon:
                 self._settings,
                 worker_id,
                 preparation,
-                self._pool,
+                pool,
                 self._journal,
                 self._publisher,
                 presence,
@@ -196,7 +206,7 @@ class Daemon:
         runner.expect(0)  # says IDLE, or RUNNING when tasks were resumed
         self._spawn("runner", runner.run())
         self._spawn("heartbeat", presence.beat_forever())
-        self._spawn("idle engines", self._pool.end_idle())
+        self._spawn("idle engines", pool.end_idle())
         self._spawn("pruning", self._prune())
         log.info("ready", action="ready", worker_id=self._state.worker_id, accepts=preparation.kinds())
 
@@ -273,7 +283,8 @@ class Daemon:
         await intake.close()
         await draining
         await delivery.drain(deadline - time.monotonic(), self._hurry)
-        await self._pool.close()
+        if self._pool is not None:
+            await self._pool.close()
         # A beat that overtakes the farewell would bring the registration back, and nothing would end it.
         for task in self._side_tasks:
             task.cancel()

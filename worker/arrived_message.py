@@ -59,5 +59,7 @@ class ArrivedMessage:
             dispatched_at=self.dispatched_at,
             prepared=self.prepared if keep else None,
             experiment_id=self.experiment_id,
+            engine_key=self.prepared.engine_key if self.prepared is not None else "",
+            concurrent=self.prepared is not None and self.prepared.concurrent,
             keeps_result=acceptance.keeps_result,
         )

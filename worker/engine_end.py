@@ -9,7 +9,9 @@ from typing import Final, Literal
 
 from executors.contract import Failure
 
-Cause = Literal["gone", "garbage", "channel_closed", "timeout", "no_progress", "cancelled", "worker_shutdown"]
+Cause = Literal[
+    "gone", "garbage", "channel_closed", "spoiled", "timeout", "no_progress", "cancelled", "worker_shutdown"
+]
 """Why the daemon looks at the engine's end: it went by itself, or the daemon ended it for this reason."""
 
 _CGROUP_EVENTS: Final = Path("/sys/fs/cgroup/memory.events")
@@ -24,7 +26,7 @@ class EngineEnd:
         exit_status: as `subprocess` gives it: negative is a signal; None while it runs.
         oom_kills: kernel out-of-memory kills in our cgroup while it lived.
         seconds: the limit that ran out, for timeouts.
-        detail: a few words more.
+        detail: a few words more; for "spoiled" the task because of which the daemon ended the engine.
         log_tail: the last lines it printed.
     """
 
@@ -76,6 +78,13 @@ def _explained(end: EngineEnd) -> Failure:  # noqa: PLR0911 - one return for eac
                 reason="engine_protocol",
                 message="the engine process closed its channel to the worker while it ran",
                 hint="an executor must not close descriptors that it did not open; the engine was replaced",
+            )
+        case "spoiled":
+            return Failure(
+                reason="engine_crash",
+                message=f"the engine process was ended because of task {end.detail}, which ran in it at the same time",
+                hint="send the task again: the fault is not its own",
+                retryable=True,
             )
         case "gone":
             return _gone(end)

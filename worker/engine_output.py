@@ -1,4 +1,7 @@
-"""What an engine process prints: kept as the task's log, as a tail for errors, and as news that it is alive."""
+"""What an engine process prints: kept as the task's log, as a tail for errors, and as news that it is alive.
+
+Of several tasks in one engine nobody can tell whose a line is: each gets all that is printed while it is there.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,47 @@ _FORWARD_PER_SEC: Final = 20.0
 log = structlog.get_logger()
 
 
+class _TaskLog:
+    """One task's log file and its last lines."""
+
+    def __init__(self, task_id: str, path: Path) -> None:
+        self.tail: deque[bytes] = deque(maxlen=_TAIL_LINES)
+        self._task_id = task_id
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._written = 0
+
+    def keep(self, data: bytes) -> None:
+        """Write to the file; what goes wrong with that is logged once."""
+        room = _LOG_FILE_LIMIT - self._written
+        if room <= 0:
+            return
+        try:
+            if self._file is None:  # at the first output: most short tasks print nothing
+                self._file = self._path.open("ab")
+                self._written = self._file.tell()
+            self._file.write(data[:room])
+            if len(data) >= room:
+                self._file.write(b"\n[log limit of 64 MiB reached; the rest is dropped]\n")
+            self._file.flush()
+        except OSError as error:
+            log.warning("cannot write the task's log", action="engine_output", task_id=self._task_id, error=str(error))
+            self._written = _LOG_FILE_LIMIT
+            return
+        self._written += len(data)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 class EngineOutput(asyncio.Protocol):
     """Reads the pipe that is the engine's stdout and stderr."""
 
     def __init__(self) -> None:
         self.last_heard = time.monotonic()
         self._partial = b""
-        self._tail: deque[bytes] = deque(maxlen=_TAIL_LINES)
-        self._path: Path | None = None
-        self._file: BinaryIO | None = None
-        self._written = 0
-        self._task_id: str | None = None
+        self._logs: dict[str, _TaskLog] = {}
         self._allowance = float(_FORWARD_BURST)
         self._allowance_at = time.monotonic()
         self._transport: asyncio.ReadTransport | None = None
@@ -40,26 +73,22 @@ class EngineOutput(asyncio.Protocol):
     def attach(self, task_id: str, path: Path) -> None:
         """Write what comes from now on to `path`, for this task."""
         self.drain()
-        self._tail.clear()
-        self._task_id = task_id
-        self._path = path
-        self._written = 0
+        self._logs[task_id] = _TaskLog(task_id, path)
 
-    def detach(self) -> None:
+    def detach(self, task_id: str) -> None:
         """Stop writing to the task's log, after everything printed so far is in it."""
         self.drain()
-        if self._partial:
+        if self._partial and len(self._logs) == 1:  # else the rest of the line may come yet, for the others
             self._line(self._partial)
             self._partial = b""
-        if self._file is not None:
-            self._file.close()
-        self._file = None
-        self._path = None
-        self._task_id = None
+        if (task_log := self._logs.pop(task_id, None)) is not None:
+            task_log.close()
 
-    def tail(self) -> tuple[str, ...]:
-        """The last lines, oldest first."""
-        return tuple(line.decode(errors="replace")[:_LONGEST_LINE] for line in self._tail)
+    def tail(self, task_id: str) -> tuple[str, ...]:
+        """The last lines that a task's log got, oldest first."""
+        task_log = self._logs.get(task_id)
+        lines = task_log.tail if task_log is not None else ()
+        return tuple(line.decode(errors="replace")[:_LONGEST_LINE] for line in lines)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio."""
@@ -83,40 +112,23 @@ class EngineOutput(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Called by asyncio for each piece of output."""
         self.last_heard = time.monotonic()
-        if self._path is not None:
-            self._keep(self._path, data)
+        for task_log in self._logs.values():
+            task_log.keep(data)
         lines = (self._partial + data).split(b"\n")
         self._partial = lines.pop()[-_LONGEST_LINE * 4 :]
         for line in lines:
             self._line(line)
 
-    def _keep(self, path: Path, data: bytes) -> None:
-        room = _LOG_FILE_LIMIT - self._written
-        if room <= 0:
-            return
-        try:
-            if self._file is None:  # at the first output: most short tasks print nothing
-                self._file = path.open("ab")
-                self._written = self._file.tell()
-            self._file.write(data[:room])
-            if len(data) >= room:
-                self._file.write(b"\n[log limit of 64 MiB reached; the rest is dropped]\n")
-            self._file.flush()
-        except OSError as error:
-            log.warning("cannot write the task's log", action="engine_output", task_id=self._task_id, error=str(error))
-            self._written = _LOG_FILE_LIMIT
-            return
-        self._written += len(data)
-
     def _line(self, line: bytes) -> None:
         line = line.rstrip(b"\r")
         if not line:
             return
-        self._tail.append(line)
+        for task_log in self._logs.values():
+            task_log.tail.append(line)
         now = time.monotonic()
         self._allowance = min(self._allowance + (now - self._allowance_at) * _FORWARD_PER_SEC, _FORWARD_BURST)
         self._allowance_at = now
         if self._allowance >= 1:
             self._allowance -= 1
             text = line.decode(errors="replace")[:_LONGEST_LINE]
-            log.info(text, action="engine_output", task_id=self._task_id)
+            log.info(text, action="engine_output", task_id=",".join(self._logs) or None)

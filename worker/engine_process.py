@@ -1,4 +1,7 @@
-"""One engine process: starts it, talks to it, sees it end. It knows nothing of tasks' rules."""
+"""One engine process: starts it, talks to it, sees it end. It knows nothing of tasks' rules.
+
+Several tasks may be in it at once; what it says about each goes to that task's mailbox.
+"""
 
 from __future__ import annotations
 
@@ -19,41 +22,21 @@ import structlog
 from pydantic import ValidationError
 
 import executors
-from executors.child_messages import (
-    CancelTask,
-    Loaded,
-    LogLine,
-    Progress,
-    RunTask,
-    StartEngine,
-    TaskDone,
-    TaskFailed,
-    from_engine,
-)
+from executors.child_messages import CancelTask, Loaded, RunTask, StartEngine, from_engine
 from executors.contract import EnginePolicy
 from worker.engine_end import oom_kills
 from worker.engine_output import EngineOutput
-from worker.process_tree import end_everything
+from worker.process_tree import end_everything, tagged
 from worker.settings import engine_environment, interpreter
+from worker.task_mailbox import ChannelEnd, EngineMessage, TaskMailbox
 
 LONGEST_MESSAGE: Final = 256 * 1024**2
 """Bytes of one line from an engine; a longer result does not belong into a JSON file."""
-_UNREAD_MESSAGES: Final = 256
-"""Messages that wait for the runner; when they are not taken, the engine has to wait."""
 _TERM_GRACE_SEC: Final = 3.0
-
-EngineMessage = Loaded | Progress | LogLine | TaskDone | TaskFailed
 
 log = structlog.get_logger()
 _waited_for: set[int] = set()
 """Process ids whose exit status a thread of ours is going to take."""
-
-
-@dataclass(frozen=True)
-class ChannelEnd:
-    """No more messages will come. `garbage` holds what could not be understood, if that was the reason."""
-
-    garbage: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,10 +61,15 @@ class EngineProcess:
         self.key = key
         self.pid = process.pid
         self.output = output
-        self._working = False
-        self._messages: asyncio.Queue[EngineMessage | ChannelEnd | None] = asyncio.Queue(_UNREAD_MESSAGES)
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         """Resolves with the exit status."""
+        self.pids = frozenset({process.pid})
+        """Its process tree, as it was just before it was stopped."""
+        self.spoiled_by = ""
+        """The task because of which it has to end, if that is the reason."""
+        self._mailboxes: dict[str, TaskMailbox] = {}
+        self._channel_end: ChannelEnd | None = None
+        self._loading = True
         self._process = process
         self._tag = tag
         self._oom_before = oom_kills()
@@ -89,7 +77,7 @@ class EngineProcess:
         self._reading: asyncio.Task[None] | None = None
         self._pipe: asyncio.ReadTransport | None = None
         self._lifeline = -1
-        self._stopped = False
+        self._stopping: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(cls, key: str, executor: str, setup: EngineSetup) -> EngineProcess:
@@ -139,46 +127,45 @@ class EngineProcess:
     @property
     def alive(self) -> bool:
         """Whether it can take a task."""
-        return not self.ended.done() and self._reading is not None and not self._reading.done()
+        return not self.ended.done() and self._channel_end is None and self._stopping is None
 
     @property
     def oom_kills(self) -> int:
         """Kernel out-of-memory kills in our cgroup since it was started."""
         return oom_kills() - self._oom_before
 
-    def run(self, order: RunTask) -> None:
-        """Hand over a task."""
-        while not self._messages.empty():  # late words about the last task
-            self._messages.get_nowait()
-        self._working = True
+    def run(self, order: RunTask) -> TaskMailbox:
+        """Hand over a task; `leave` ends what this begins."""
+        mailbox = self._mailboxes[order.task_id] = TaskMailbox()
+        if self._channel_end is not None:
+            mailbox.end(self._channel_end)
         self._send(order)
+        return mailbox
 
-    def rest(self) -> None:
-        """Its task has ended. What it says until the next one is read and dropped."""
-        self._working = False
+    def leave(self, task_id: str) -> None:
+        """A task has ended. What the engine still says about it is read and dropped."""
+        if (mailbox := self._mailboxes.pop(task_id, None)) is not None:
+            mailbox.close()
 
-    async def next_message(self, wait_sec: float) -> EngineMessage | ChannelEnd | None:
-        """Its next message, or None when the time is up or somebody called `nudge`."""
-        try:
-            async with asyncio.timeout(wait_sec):
-                return await self._messages.get()
-        except TimeoutError:
-            return None
-
-    def nudge(self) -> None:
-        """Make `next_message` return."""
-        with contextlib.suppress(asyncio.QueueFull):  # then it is about to return anyway
-            self._messages.put_nowait(None)
+    def spoil(self, task_id: str) -> None:
+        """Because of this task the engine has to end; the first one counts."""
+        self.spoiled_by = self.spoiled_by or task_id
 
     def cancel(self, task_id: str) -> None:
         """Ask it to stop a task."""
         self._send(CancelTask(task_id=task_id))
 
-    async def stop(self, *, gently: bool = True) -> int | None:
-        """End it: ask with SIGTERM, then kill the whole group and whatever escaped from it. Returns the exit status."""
-        if self._stopped:
-            return self.ended.result() if self.ended.done() else None
-        self._stopped = True
+    async def stop(self, *, gently: bool = True) -> None:
+        """End it: ask with SIGTERM, then kill the whole group and whatever escaped from it.
+
+        Several may want that at once: the first decides how, and all return when it is done.
+        """
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop(gently=gently))
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self, *, gently: bool) -> None:
+        self.pids |= {process.pid for process in await asyncio.to_thread(tagged, self._tag)}
         if gently and not self.ended.done():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGTERM)
@@ -190,6 +177,7 @@ class EngineProcess:
         self.output.drain()
         if self._reading is not None:
             self._reading.cancel()
+        self._end_channel(ChannelEnd())  # for those whom a reader that was busy could not tell
         if self._writer is not None:
             self._writer.close()
         if self._pipe is not None:
@@ -199,7 +187,6 @@ class EngineProcess:
         if left:
             log.error("processes survive SIGKILL", action="engine_stop", engine=self.key, pids=left)
         log.info("engine ended", action="engine_stop", engine=self.key, pid=self.pid, status=status)
-        return status
 
     def _send(self, message: StartEngine | RunTask | CancelTask) -> None:
         # A lost engine is seen by the reader; what is written to it then has nowhere to go.
@@ -214,13 +201,28 @@ class EngineProcess:
                     message = await asyncio.to_thread(from_engine.validate_json, line)
                 else:
                     message = from_engine.validate_json(line)
-                if self._working:
-                    await self._messages.put(message)
+                await self._pass_on(message)
         except (ValidationError, ValueError) as error:  # ValueError: the line is longer than LONGEST_MESSAGE
             end = ChannelEnd(garbage=str(error).splitlines()[0])
         except OSError as error:
             log.debug("engine channel broke", action="engine_read", engine=self.key, error=str(error))
-        await self._messages.put(end)
+        self._end_channel(end)
+
+    async def _pass_on(self, message: EngineMessage) -> None:
+        self._loading = self._loading and not isinstance(message, Loaded)
+        if self._loading:  # all its tasks wait for the one load, so each word about it shows that they live
+            self.output.last_heard = time.monotonic()
+        mailbox = self._mailboxes.get(message.task_id)
+        if mailbox is not None:
+            await mailbox.put(message)
+        else:  # a thread that an earlier task left behind may still report about that one
+            log.debug("message about a task that is not here", action="task_stray", task_id=message.task_id)
+
+    def _end_channel(self, end: ChannelEnd) -> None:
+        if self._channel_end is None:
+            self._channel_end = end
+            for mailbox in self._mailboxes.values():
+                mailbox.end(end)
 
     def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
         status = self._process.wait()

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import structlog
 
-from worker.nvml_api import Nvml, import_nvml
+from executors.nvml_api import Nvml, import_nvml
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 

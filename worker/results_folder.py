@@ -13,9 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal
 
+import structlog
 from pydantic import BaseModel, JsonValue
 from pydantic_core import to_json
 
+from executors.partial_results import PARTIAL_FILE
 from orchestrator_client.messages import now_iso
 
 RESULT_FILE: Final = "responses.json"
@@ -25,6 +27,8 @@ LOGS: Final = "logs"
 ARTIFACTS: Final = "artifacts"
 _ALWAYS: Final = (RESULT_FILE, LOGS, ARTIFACTS)
 _CHUNK: Final = 1024**2
+
+log = structlog.get_logger()
 
 
 class ManifestEntry(BaseModel):
@@ -144,6 +148,14 @@ def write_results(results: Sequence[ResultToWrite]) -> list[Exception | None]:
     return errors
 
 
+def drop_partial(folder: Path) -> None:
+    """Delete what a run had finished before its end: the whole result is there now."""
+    try:
+        (folder / PARTIAL_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("cannot delete a partial result", action="results", path=str(folder), error=str(error))
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, also after a power cut.
 
@@ -211,7 +223,7 @@ def _manifest(result: ResultToWrite, content: bytes) -> Manifest:
     must = sorted({*_ALWAYS, *(_declared(name) for name in result.required)} - {"", MANIFEST_FILE})
     with os.scandir(result.folder) as found:
         present = {entry.name: entry for entry in found if not entry.name.startswith(".")}
-    extra = sorted(present.keys() - {*must, RESULT_FILE, MANIFEST_FILE})
+    extra = sorted(present.keys() - {*must, RESULT_FILE, MANIFEST_FILE, PARTIAL_FILE})
     now = now_iso()
     entries = []
     for name in (*must, *extra):

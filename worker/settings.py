@@ -117,7 +117,9 @@ class Settings(BrokerSettings):
     )
 
     worker_executor_mask: Words = Field(
-        default=(), description="Comma-separated task types to accept; empty means all that are installed."
+        default=(),
+        description="Comma-separated task types and executors to accept (`inference`, `transformers`, or "
+        "`inference.transformers` for one executor of one type); empty means all that are installed.",
     )
     worker_allow_remote_code: Switch = Field(
         default=False,
@@ -145,6 +147,15 @@ class Settings(BrokerSettings):
     worker_cancel_grace_sec: float = Field(
         default=10.0, ge=0, allow_inf_nan=False,
         description="How long a task that is asked to stop may take before its engine process is ended.",
+    )  # fmt: skip
+    worker_max_batched_tasks: int = Field(
+        default=8, ge=1,
+        description="How many queued tasks of one loaded model may run together, where its engine can do that.",
+    )  # fmt: skip
+    worker_max_queue_skips: int = Field(
+        default=16, ge=0,
+        description="How often a waiting task may be overtaken by tasks of the model that is loaded; 0 keeps the order "
+        "of arrival.",
     )  # fmt: skip
     executor_idle_ttl_sec: float = Field(
         default=900.0, ge=0, allow_inf_nan=False,
@@ -406,7 +417,15 @@ def engine_environment(*, task_tag: str) -> dict[str, str]:
         for name, value in os.environ.items()
         if name.upper() not in hidden and not name.upper().startswith("ORCHESTRATOR_")
     }
-    return kept | {"PYTHONUNBUFFERED": "1", "FLOWMESH_ENGINE": task_tag, "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}  # vLLM reports to its makers otherwise
+    return {
+        **quiet,
+        **kept,
+        "PYTHONUNBUFFERED": "1",
+        "FLOWMESH_ENGINE": task_tag,
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",  # engine processes have threads, which a fork would not survive
+    }
 
 
 def described() -> list[tuple[str, str, str]]:

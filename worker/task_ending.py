@@ -24,7 +24,7 @@ from worker.delivery_plan import DeliveryJob, DeliveryPlan, DeliveryProgress, Pa
 from worker.event_publisher import EventPublisher
 from worker.journal_tables import OwedEvent, State, StoredDelivery
 from worker.result_content import artifact_fault, results_of
-from worker.results_folder import ResultToWrite, write_results
+from worker.results_folder import ResultToWrite, drop_partial, write_results
 from worker.task_journal import JournalError, TaskJournal
 from worker.task_preparation import Folder, PreparedTask
 from worker.task_record import Outcome, Success, TaskRecord, error_text
@@ -342,6 +342,9 @@ def _write(batch: list[_Waiting]) -> list[Failure | None]:
     for number, trouble in zip(owner, write_results(results), strict=True):
         if trouble is not None:
             faults[number] = faults[number] or _unwritten(batch[number].folder, trouble)
+    for each, fault in zip(batch, faults, strict=True):
+        if fault is None and isinstance(each.outcome, Success):
+            drop_partial(each.folder.path)
     return faults
 
 

@@ -18,8 +18,9 @@ from executors.child_messages import Loaded, LogLine, Progress, RunTask, TaskDon
 from executors.contract import Failure
 from worker.engine_end import Cause, EngineEnd, failure_of
 from worker.engine_pool import EnginePool
-from worker.engine_process import ChannelEnd, EngineMessage, EngineProcess
+from worker.engine_process import EngineProcess
 from worker.results_folder import LOGS
+from worker.task_mailbox import ChannelEnd, EngineMessage, TaskMailbox
 from worker.task_preparation import PreparedTask, RejectedError
 from worker.task_record import Outcome, Success
 
@@ -65,8 +66,9 @@ class TaskExecution:
         self._cancel_grace_sec = cancel_grace_sec
         self._on_progress = on_progress
         self._stop_cause: StopCause | None = None
-        self._engine: EngineProcess | None = None
+        self._mailbox: TaskMailbox | None = None
         self._force_at: float | None = None
+        self._warm = False
         self._load_sec = 0.0
 
     def stop(self, cause: StopCause, *, grace_sec: float | None = None) -> None:
@@ -76,36 +78,49 @@ class TaskExecution:
             self._force_at = time.monotonic() + (self._cancel_grace_sec if grace_sec is None else grace_sec)
             if self._fetching is not None:
                 self._fetching.cancel()
-            if self._engine is not None:
-                self._engine.nudge()
+            if self._mailbox is not None:
+                self._mailbox.nudge()
 
     async def run(self) -> Outcome:
         """Run to the end, whatever that is."""
-        if self._stop_cause is not None:
-            return failure_of(EngineEnd(self._stop_cause))
+        if (stopped := self._stopped()) is not None:
+            return stopped
         began = time.monotonic()
         order = await self._order()
         if isinstance(order, Failure):
             return order
+        prepared = self._prepared
         try:
             engine, warm = await self._pool.acquire(
-                self._prepared.engine_key, self._prepared.entry.target, exclusive=self._prepared.exclusive
+                prepared.engine_key,
+                prepared.entry.target,
+                exclusive=prepared.exclusive,
+                concurrent=prepared.concurrent,
             )
         except OSError as error:  # no process, no descriptor, no memory to fork
             return Failure(reason="engine_crash", message=f"no engine process can be started: {error}", retryable=True)
-        self._engine = engine
+        if (stopped := self._stopped()) is not None:  # while the engine was waited for; others may be in it by now
+            await self._pool.release(engine, keep=True)
+            return stopped
+        self._warm = warm
         keep = False
         try:
-            engine.output.attach(self._task_id, self._prepared.folder.path / LOGS / ENGINE_LOG)
-            engine.run(order)
-            verdict = await self._follow(engine, began, warm=warm)
+            engine.output.attach(self._task_id, prepared.folder.path / LOGS / ENGINE_LOG)
+            self._mailbox = engine.run(order)
+            verdict = await self._follow(engine, self._mailbox, began)
             keep = verdict.keep_engine
         except OSError as error:
             return Failure(reason="result_write", message=f"cannot write the task's log: {error}", retryable=True)
         finally:
-            engine.output.detach()
+            engine.leave(self._task_id)
+            engine.output.detach(self._task_id)
+            if not keep and engine.alive:  # it ends because of this task, and not the other way round
+                engine.spoil(self._task_id)
             await self._pool.release(engine, keep=keep)
         return verdict.outcome
+
+    def _stopped(self) -> Failure | None:
+        return failure_of(self._end(self._stop_cause)) if self._stop_cause is not None else None
 
     async def _order(self) -> RunTask | Failure:
         """What the engine gets, once everything that it needs is here."""
@@ -128,7 +143,7 @@ class TaskExecution:
             self._fetching.cancel()
             self._fetching = None
 
-    async def _follow(self, engine: EngineProcess, began: float, *, warm: bool) -> _Verdict:
+    async def _follow(self, engine: EngineProcess, mailbox: TaskMailbox, began: float) -> _Verdict:
         heard = time.monotonic()
         asked = False
         while True:
@@ -142,27 +157,23 @@ class TaskExecution:
                 log.info("asking the task to stop", action="stop", task_id=self._task_id, cause=self._stop_cause)
             if self._force_at is not None and now >= self._force_at:
                 return await self._forced(engine)
-            message = await engine.next_message(self._wait_sec(now, began, heard))
+            message = await mailbox.next(self._wait_sec(now, began, heard))
             if message is not None:
                 heard = time.monotonic()
-                verdict = await self._hear(message, engine, warm=warm)
+                verdict = await self._hear(message, engine)
                 if verdict is not None:
                     return verdict
 
-    async def _hear(self, message: EngineMessage | ChannelEnd, engine: EngineProcess, *, warm: bool) -> _Verdict | None:
-        if not isinstance(message, ChannelEnd) and message.task_id != self._task_id:
-            # A thread that an earlier task of this engine left behind may still report about that one.
-            log.debug("message about another task", action="task_stray", task_id=self._task_id, about=message.task_id)
-            return None
+    async def _hear(self, message: EngineMessage | ChannelEnd, engine: EngineProcess) -> _Verdict | None:
         match message:
             case Loaded():
-                self._load_sec = message.load_sec
+                self._warm, self._load_sec = False, message.load_sec
             case Progress():
                 self._on_progress(message)
             case LogLine():
                 getattr(log, message.level)(message.message, action="task_log", task_id=self._task_id)
             case TaskDone():
-                return _Verdict(Success(message.output, message.run_sec, self._load_sec, warm), keep_engine=True)
+                return _Verdict(Success(message.output, message.run_sec, self._load_sec, self._warm), keep_engine=True)
             case TaskFailed():
                 return self._failed(message, engine)
             case ChannelEnd():
@@ -192,12 +203,14 @@ class TaskExecution:
         if message.foreseen:
             return _Verdict(message.failure, keep_engine=message.engine_usable)
         engine.output.drain()
-        failure = message.failure.model_copy(update={"log_tail": engine.output.tail()})
+        failure = message.failure.model_copy(update={"log_tail": engine.output.tail(self._task_id)})
         return _Verdict(failure, keep_engine=message.engine_usable)
 
     async def _forced(self, engine: EngineProcess) -> _Verdict:
         assert self._stop_cause is not None  # noqa: S101 - set together with the time
         log.warning("the task does not stop; ending its engine", action="stop", task_id=self._task_id, pid=engine.pid)
+        if engine.alive:
+            engine.spoil(self._task_id)
         await engine.stop()
         return _Verdict(failure_of(self._end(self._stop_cause, engine)), keep_engine=False)
 
@@ -205,6 +218,10 @@ class TaskExecution:
         """The channel ended before the task did."""
         if self._stop_cause is not None:
             return await self._forced(engine)
+        if engine.spoiled_by:
+            await engine.stop()
+            facts = EngineEnd("spoiled", detail=engine.spoiled_by, log_tail=engine.output.tail(self._task_id))
+            return _Verdict(failure_of(facts), keep_engine=False)
         cause: Cause = "garbage" if end.garbage else "gone"
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(engine.ended), _END_STATUS_WAIT_SEC)
@@ -213,9 +230,10 @@ class TaskExecution:
         kills = engine.oom_kills
         await engine.stop(gently=False)
         status = engine.ended.result() if engine.ended.done() else None
-        facts = EngineEnd(cause, status, kills, detail=end.garbage, log_tail=engine.output.tail())
+        facts = EngineEnd(cause, status, kills, detail=end.garbage, log_tail=engine.output.tail(self._task_id))
         return _Verdict(failure_of(facts), keep_engine=False)
 
     def _end(self, cause: StopCause, engine: EngineProcess | None = None) -> EngineEnd:
         seconds = self._prepared.timeout_sec if cause == "timeout" else self._prepared.no_progress_sec
-        return EngineEnd(cause, seconds=seconds, log_tail=engine.output.tail() if engine is not None else ())
+        tail = engine.output.tail(self._task_id) if engine is not None else ()
+        return EngineEnd(cause, seconds=seconds, log_tail=tail)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import structlog
 from pydantic import JsonValue, ValidationError
 
-from executors.catalog import CatalogEntry, entries, executor_class
+from executors import catalog
+from executors.catalog import CatalogEntry
 from executors.child_messages import ChildTask, RunTask
-from executors.contract import Executor, Failure, JsonObject
+from executors.contract import EngineHost, Failure, JsonObject
 from executors.errors import BadSpecError, ExecutorError
 from executors.input_spec import InputRequest
 from executors.task_spec import Destination, Output, TaskSpec, unknown_keys
@@ -20,6 +20,7 @@ from orchestrator_client.transfers.http_link import HttpLink
 from orchestrator_client.validation_text import validation_text
 from worker.delivery_plan import work_digest
 from worker.destinations import target_of
+from worker.executor_choice import CheckedSpec, ChosenExecutor, ExecutorMask, choose_executor
 from worker.results_folder import choose_folder
 from worker.settings import Settings, SettingsError
 
@@ -63,9 +64,10 @@ class PreparedTask:
 
     Attributes:
         order: what the engine gets.
-        entry: its kind.
+        entry: its kind, and which of that kind's executors runs it.
         engine_key: which engine it needs.
         exclusive: whether that engine tolerates no other of its sort beside it.
+        concurrent: whether that engine runs several tasks at once.
         folder: where its results go.
         child_folders: the same for each merged child that can run.
         failed_children: merged children that cannot.
@@ -81,6 +83,7 @@ class PreparedTask:
     entry: CatalogEntry
     engine_key: str
     exclusive: bool
+    concurrent: bool
     folder: Folder
     child_folders: dict[str, Folder]
     failed_children: dict[str, FailedChild]
@@ -123,88 +126,95 @@ class TaskPreparation:
     Args:
         settings: the settings.
         link: knows which hosts may be called.
-        has_gpu: whether this worker has a GPU; decides which default model applies.
+        gpus: how many GPUs this worker may use; decides which default model applies, and counts in the choice of
+            executors.
     """
 
-    def __init__(self, settings: Settings, link: HttpLink, *, has_gpu: bool) -> None:
+    def __init__(self, settings: Settings, link: HttpLink, *, gpus: int) -> None:
         self._settings = settings
         self._link = link
-        self._default_model = settings.vllm_model if has_gpu else settings.hf_model
+        self._host = EngineHost(gpus=gpus)
+        self._mask = ExecutorMask(settings.worker_executor_mask)
+        self._default_model = settings.vllm_model if gpus else settings.hf_model
         self._default_model = self._default_model or settings.hf_model or settings.vllm_model
 
     def kinds(self) -> list[str]:
         """Task types that this worker accepts."""
-        mask = {kind.lower() for kind in self._settings.worker_executor_mask}
-        return sorted(kind for kind in entries() if not mask or kind in mask)
+        return self._mask.kinds()
 
     def check_mask(self) -> None:
-        """Warn of names in WORKER_EXECUTOR_MASK that are no kind of task.
+        """Warn of names in WORKER_EXECUTOR_MASK that are neither a kind of task nor an executor.
 
         Raises:
             SettingsError: no kind of task is left.
         """
-        mask = self._settings.worker_executor_mask
-        known = ", ".join(sorted(entries()))
+        known = self._mask.known()
         if not self.kinds():
-            raise SettingsError(f"WORKER_EXECUTOR_MASK={','.join(mask)!r} leaves no task type; known are: {known}")
-        for name in mask:
-            if name.lower() not in entries():
-                log.warning("WORKER_EXECUTOR_MASK names an unknown task type", action="start", name=name, known=known)
-
-    def entry_for(self, kind: str) -> CatalogEntry:
-        """Look up a kind of task.
-
-        Raises:
-            RejectedError: it is missing, unknown or masked.
-        """
-        accepted = self.kinds()
-        offer = f"this worker accepts: {', '.join(accepted)}"
-        if not kind:
-            raise RejectedError(Failure(reason="bad_spec", message="spec.taskType is missing", hint=offer))
-        entry = entries().get(kind)
-        if entry is None:
-            text = f"spec.taskType is {kind!r}: no executor of that name is known here"
-            raise RejectedError(Failure(reason="unknown_task_type", message=text, hint=offer, retryable=True))
-        if kind not in accepted:
-            text = f"spec.taskType is {kind!r}: switched off on this worker by WORKER_EXECUTOR_MASK"
-            raise RejectedError(Failure(reason="executor_disabled", message=text, hint=offer, retryable=True))
-        return entry
+            given = ",".join(self._settings.worker_executor_mask)
+            raise SettingsError(f"WORKER_EXECUTOR_MASK={given!r} leaves no task type; known are: {known}")
+        for name in self._mask.unknown():
+            text = "WORKER_EXECUTOR_MASK names an unknown task type or executor"
+            log.warning(text, action="start", name=name, known=known)
 
     def prepare(self, envelope: TaskEnvelope) -> PreparedTask:
-        """Check everything that can be checked without loading anything heavy.
+        """Check everything that can be checked without loading anything heavy, and choose the executor.
 
         Raises:
             RejectedError: the task cannot run here.
         """
-        entry = self.entry_for(envelope.kind)
+        chosen = self._choose(envelope)
+        executor, spec = chosen.executor, chosen.spec
         try:
-            executor = executor_class(entry)
-            spec, sent = self._validate(executor, entry.kind, envelope.task.spec, "spec")
             folder, folder_warning = self.folder_for(envelope.task_id, spec.output)
         except ExecutorError as error:
-            retryable = error.reason == "missing_dependency"  # another worker may have it
-            failure = Failure(reason=error.reason, message=error.message, hint=error.hint, retryable=retryable)
-            raise RejectedError(failure) from error
+            raise RejectedError(Failure(reason=error.reason, message=error.message, hint=error.hint)) from error
         warnings = unknown_keys(spec)
         if folder_warning:
             warnings.append(folder_warning)
-        children = self._children(executor, envelope, folder.destination)
+        children = self._children(executor.spec_type, envelope, folder.destination)
         runnable = tuple(child.task for child in children.runnable)
         return PreparedTask(
-            order=RunTask(task_id=envelope.task_id, spec=sent, out_dir=folder.path, children=runnable),
-            entry=entry,
-            engine_key=f"{entry.kind}:{executor.engine_key(spec)}",
+            order=RunTask(
+                task_id=envelope.task_id,
+                spec=chosen.sent,
+                out_dir=folder.path,
+                children=runnable,
+                why_this_executor=chosen.why,
+            ),
+            entry=chosen.entry,
+            engine_key=f"{chosen.entry.key}:{executor.engine_key(spec)}",
             exclusive=executor.exclusive,
+            concurrent=executor.concurrent,
             folder=folder,
             child_folders={child.task.task_id: child.folder for child in children.runnable},
             failed_children=children.failed,
             inputs=spec.inputs(),
             child_inputs={child.task.task_id: child.inputs for child in children.runnable if child.inputs},
-            work=work_digest(sent, {each.task_id: each.spec for each in runnable}) if folder.destination else "",
+            work=work_digest(chosen.sent, {each.task_id: each.spec for each in runnable}) if folder.destination else "",
             warnings=warnings,
             timeout_sec=spec.timeout_sec or self._settings.worker_task_timeout_sec,
             no_progress_sec=spec.no_progress_timeout_sec or self._settings.worker_no_progress_timeout_sec,
         )
+
+    def _choose(self, envelope: TaskEnvelope) -> ChosenExecutor:
+        kind, accepted = envelope.kind, self.kinds()
+        offer = f"this worker accepts: {', '.join(accepted)}"
+        if not kind:
+            raise RejectedError(Failure(reason="bad_spec", message="spec.taskType is missing", hint=offer))
+        if kind not in catalog.entries():
+            text = f"spec.taskType is {kind!r}: no executor of that name is known here"
+            raise RejectedError(Failure(reason="unknown_task_type", message=text, hint=offer, retryable=True))
+        if kind not in accepted:
+            text = f"spec.taskType is {kind!r}: switched off on this worker by WORKER_EXECUTOR_MASK"
+            raise RejectedError(Failure(reason="executor_disabled", message=text, hint=offer, retryable=True))
+
+        def check(spec_type: type[TaskSpec]) -> CheckedSpec:
+            return self._validate(spec_type, kind, envelope.task.spec, "spec")
+
+        chosen = choose_executor(kind, self._mask, self._host, check)
+        if isinstance(chosen, Failure):
+            raise RejectedError(chosen)
+        return chosen
 
     def folder_for(self, task_id: str, output: Output) -> tuple[Folder, str]:
         """Choose where a task's results go (WIRE 5.4), with a warning if it is not where its sender wanted them.
@@ -235,12 +245,10 @@ class TaskPreparation:
             return folder
         return replace(folder, destination=destination)
 
-    def _validate(
-        self, executor: type[Executor[Any]], kind: str, spec: JsonObject, place: str
-    ) -> tuple[TaskSpec, JsonObject]:
+    def _validate(self, spec_type: type[TaskSpec], kind: str, spec: JsonObject, place: str) -> CheckedSpec:
         sent = self._with_default_model(spec) if kind == "inference" else spec
         try:
-            return executor.spec_type.model_validate(sent), sent
+            return spec_type.model_validate(sent), sent
         except ValidationError as error:
             raise BadSpecError(validation_text(error, place), hint="correct the task file and send it again") from error
 
@@ -256,7 +264,7 @@ class TaskPreparation:
         return {**spec, "model": {**model, "source": {**source, "identifier": self._default_model}}}
 
     def _children(
-        self, executor: type[Executor[Any]], envelope: TaskEnvelope, destination: Destination | None
+        self, spec_type: type[TaskSpec], envelope: TaskEnvelope, destination: Destination | None
     ) -> _Children:
         runnable: list[_RunnableChild] = []
         failed: dict[str, FailedChild] = {}
@@ -270,7 +278,7 @@ class TaskPreparation:
                 if child.spec is None:
                     raise BadSpecError(f"merged_children: the spec of {child.task_id} is missing")
                 spec, sent = self._validate(
-                    executor, envelope.kind, child.spec, f"merged_children[{child.task_id}].spec"
+                    spec_type, envelope.kind, child.spec, f"merged_children[{child.task_id}].spec"
                 )
                 folder, _ = self.folder_for(child.task_id, spec.output)
             except ExecutorError as error:

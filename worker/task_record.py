@@ -58,6 +58,8 @@ class TaskRecord:
         dispatched_at: the orchestrator's time stamp, echoed in events.
         prepared: what was prepared at intake; None when it is too large to be kept while it waits.
         experiment_id: of a tuning manager's task; None for all others.
+        engine_key: which engine it needs.
+        concurrent: whether that engine runs several tasks at once.
         keeps_result: whether its folder holds an earlier result that was not delivered, which its end must not replace.
     """
 
@@ -69,6 +71,8 @@ class TaskRecord:
     dispatched_at: str | None = None
     prepared: PreparedTask | None = None
     experiment_id: int | str | None = None
+    engine_key: str = ""
+    concurrent: bool = False
     keeps_result: bool = False
     state: State = "QUEUED"
     accepted_iso: str = field(default_factory=now_iso)

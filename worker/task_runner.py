@@ -1,13 +1,13 @@
-"""The order of a task's life: wait → inputs → run → end → deliver. One task runs at a time.
+"""The order of a task's life: wait → inputs → run → end → deliver.
 
-Ends are written, and results delivered, while the next one runs; inputs of the next one are fetched meanwhile.
+One task runs at a time, or several that share an engine which can do that. Ends are written, and results delivered,
+while the next one runs; inputs of the next one are fetched meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,12 +16,14 @@ import structlog
 from executors.child_messages import Progress
 from executors.contract import Failure
 from orchestrator_client.messages import decode_envelope, decode_head
+from worker.backlog import Backlog
 from worker.delivery_plan import DeliveryJob
 from worker.engine_end import EngineEnd, failure_of
 from worker.engine_pool import EnginePool
 from worker.event_publisher import EventPublisher
 from worker.progress_news import ProgressNews
 from worker.results_folder import prepare
+from worker.running_tasks import RunningTasks
 from worker.settings import Settings
 from worker.task_delivery import TaskDelivery
 from worker.task_ending import TaskEnding
@@ -56,21 +58,22 @@ class RunnerParts:
 
 
 class TaskRunner:
-    """Runs what was accepted, in order of acceptance."""
+    """Runs what was accepted, in the order that `worker.backlog` makes."""
 
     def __init__(self, parts: RunnerParts) -> None:
         self._parts = parts
         self._open: dict[str, TaskRecord] = {}
-        self._queue: deque[TaskRecord] = deque()
-        self._queued = asyncio.Event()
+        settings = parts.settings
+        self._backlog = Backlog(settings.worker_max_queue_skips, settings.worker_max_batched_tasks)
+        self._running = RunningTasks()
+        self._changed = asyncio.Event()
+        """Set when a task begins to wait, and when one has run."""
         self._none_open = asyncio.Event()
         self._none_open.set()
         self._none_arriving = asyncio.Event()
         self._none_arriving.set()
         self._ends: set[asyncio.Task[None]] = set()
         self._unwritten = asyncio.Semaphore(_MOST_UNWRITTEN_ENDS)
-        self._current: TaskExecution | None = None
-        self._current_id = ""
         self._draining = False
         self._arriving = 0
 
@@ -99,8 +102,8 @@ class TaskRunner:
         if self._draining:
             self._end_soon(record, failure_of(EngineEnd("worker_shutdown")), self._folder(record), record.prepared)
             return
-        self._queue.append(record)
-        self._queued.set()
+        self._backlog.add(record)
+        self._changed.set()
         self._fetch_ahead()
 
     def deliver(self, record: TaskRecord, job: DeliveryJob) -> None:
@@ -115,77 +118,70 @@ class TaskRunner:
 
     def cancel(self, task_id: str) -> bool:
         """Stop a task that waits or runs; False if there is none of that id."""
-        for record in self._queue:
-            if record.task_id == task_id:
-                self._queue.remove(record)
-                self._end_soon(record, failure_of(EngineEnd("cancelled")), self._folder(record), record.prepared)
-                return True
-        if self._current is not None and self._current_id == task_id:
-            self._current.stop("cancelled")
+        record = self._backlog.remove(task_id)
+        if record is not None:
+            self._end_soon(record, failure_of(EngineEnd("cancelled")), self._folder(record), record.prepared)
             return True
-        return self._parts.delivery.cancel(task_id)
+        return self._running.stop(task_id, "cancelled") or self._parts.delivery.cancel(task_id)
 
     async def run(self) -> None:
         """Run tasks until cancelled."""
-        while True:
-            while not self._queue:
-                self._queued.clear()
-                await self._queued.wait()
-            record = self._queue.popleft()
-            try:
-                await self._run_one(record)
-            except Exception as error:  # a fault of ours, which must not take the other tasks with it
-                log.exception("a task could not be begun", action="task_run", task_id=record.task_id)
-                self._current, self._current_id = None, ""
-                self._end_soon(record, broken(error), self._folder(record), record.prepared)
+        async with asyncio.TaskGroup() as runs:
+            while True:
+                running = self._running
+                record = self._backlog.take(running.engine_key, len(running), self._parts.pool.warm_keys())
+                if record is None:
+                    self._changed.clear()
+                    await self._changed.wait()
+                else:
+                    running.add(record)
+                    runs.create_task(self._run_one(record))
 
     async def drain(self, grace_sec: float, hurry: asyncio.Event) -> None:
-        """Take no more, give the running task its time, then stop it; returns when every task has ended.
+        """Take no more, give the running tasks their time, then stop them; returns when every task has ended.
 
         What is being accepted just now still gets its end here: it is in the journal, or about to be.
         """
         self._draining = True
         await self._none_arriving.wait()
-        while self._queue:
-            record = self._queue.popleft()
+        for record in self._backlog.clear():
             self._end_soon(record, failure_of(EngineEnd("worker_shutdown")), self._folder(record), record.prepared)
         deadline = time.monotonic() + grace_sec
         hurrying = asyncio.ensure_future(hurry.wait())
         done = asyncio.ensure_future(self._none_open.wait())
-        while self._current is not None and not hurry.is_set() and time.monotonic() < deadline:
+        while self._running and not hurry.is_set() and time.monotonic() < deadline:
             await asyncio.wait(
                 {hurrying, done}, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED
             )
             if done.done():
                 break
         hurrying.cancel()
-        if self._current is not None:
-            self._current.stop("worker_shutdown", grace_sec=0.0)
+        self._running.stop_all("worker_shutdown")
         await done
 
     async def _run_one(self, record: TaskRecord) -> None:
+        """Run a task that is among the running ones, to its end."""
         try:
-            prepared = record.prepared or await self._prepare_again(record)
+            prepared = record.prepared = record.prepared or await self._prepare_again(record)
+            _make_folders(prepared)
+            outcome = await self._execute(record, prepared)
+            await self._unwritten.acquire()
+            self._end_soon(record, outcome, prepared.folder, prepared, slot=True)
         except RejectedError as error:
-            self._end_soon(record, error.failure, self._folder(record), None)
-            return
+            self._end_soon(record, error.failure, self._folder(record), record.prepared)
         except JournalError as error:
             failure = Failure(
                 reason="disk_full", message=str(error), hint="check RESULTS_DIR on the worker", retryable=True
             )
-            self._end_soon(record, failure, self._folder(record), None)
-            return
-        folder = prepared.folder
-        try:
-            for each in (folder, *prepared.child_folders.values()):
-                prepare(each.path)
-        except OSError as error:
-            text = f"cannot make the results folder {folder.path}: {error.strerror or error}"
-            failure = Failure(
-                reason="result_write", message=text, hint="check RESULTS_DIR on the worker", retryable=True
-            )
-            self._end_soon(record, failure, folder, prepared)
-            return
+            self._end_soon(record, failure, self._folder(record), record.prepared)
+        except Exception as error:  # a fault of ours, which must not take the other tasks with it
+            log.exception("a task could not be begun", action="task_run", task_id=record.task_id)
+            self._end_soon(record, broken(error), self._folder(record), record.prepared)
+        finally:
+            self._running.remove(record)
+            self._changed.set()
+
+    async def _execute(self, record: TaskRecord, prepared: PreparedTask) -> Outcome:
         execution = TaskExecution(
             prepared,
             self._parts.pool,
@@ -193,7 +189,7 @@ class TaskRunner:
             lambda progress: self._parts.news.tell(record.kind, progress),
             lambda: self._parts.inputs.fetch(prepared, lambda progress: self._fetching(record, progress)),
         )
-        self._current, self._current_id = execution, record.task_id
+        self._running.begin(record, execution)
         self._parts.journal.note_start(record.task_id)
         record.begin()
         self._parts.presence.set_running(record.task_id)
@@ -205,14 +201,12 @@ class TaskRunner:
         self._fetch_ahead()
         await asyncio.sleep(0)  # lets TASK_STARTED go out before the engine gets its work
         try:
-            outcome = await execution.run()
+            return await execution.run()
         except Exception as error:  # a fault of ours, which must not take the other tasks with it
             log.exception("a run broke", action="task_run", task_id=record.task_id)
-            outcome = broken(error)
-        self._current, self._current_id = None, ""
-        self._parts.news.forget(record.task_id)
-        await self._unwritten.acquire()
-        self._end_soon(record, outcome, folder, prepared, slot=True)
+            return broken(error)
+        finally:
+            self._parts.news.forget(record.task_id)
 
     async def _prepare_again(self, record: TaskRecord) -> PreparedTask:
         """Large tasks are not kept in memory while they wait."""
@@ -263,9 +257,10 @@ class TaskRunner:
             self._show_status(record.task_id)
 
     def _fetch_ahead(self) -> None:
-        """Fetch the inputs of the task that comes next while another one runs."""
-        if self._current is not None and self._queue and (following := self._queue[0].prepared) is not None:
-            self._parts.inputs.prefetch(following)
+        """Fetch the inputs of the task that comes next while others run."""
+        following = self._backlog.peek({self._running.engine_key}) if self._running else None
+        if following is not None and following.prepared is not None:
+            self._parts.inputs.prefetch(following.prepared)
 
     def _fetching(self, record: TaskRecord, progress: InputProgress) -> None:
         self._parts.news.tell(
@@ -285,6 +280,17 @@ class TaskRunner:
             self._parts.presence.set_busy()
         else:
             self._parts.presence.set_idle(last_task)
+
+
+def _make_folders(prepared: PreparedTask) -> None:
+    for folder in (prepared.folder, *prepared.child_folders.values()):
+        try:
+            prepare(folder.path)
+        except OSError as error:
+            text = f"cannot make the results folder {folder.path}: {error.strerror or error}"
+            hint = "check RESULTS_DIR on the worker"
+            failure = Failure(reason="result_write", message=text, hint=hint, retryable=True)
+            raise RejectedError(failure) from error
 
 
 def broken(error: Exception) -> Failure:

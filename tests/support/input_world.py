@@ -79,6 +79,7 @@ class World:
             entry=CatalogEntry(kind="echo", target="x:Y"),
             engine_key="",
             exclusive=False,
+            concurrent=False,
             folder=Folder(out_dir, ()),
             child_folders={},
             failed_children={},

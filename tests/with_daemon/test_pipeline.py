@@ -65,6 +65,7 @@ def test_a_model_goes_from_one_worker_to_the_next_and_answers(
     }
     asked = {
         "taskType": "inference",
+        "enforce_cpu": True,
         "checkpoint": {"load": load},
         "data": {"type": "list", "items": [_QUESTION]},
         "inference": {"temperature": 0, "max_tokens": 24, "chat": True},
@@ -108,7 +109,12 @@ def test_inputs_of_the_next_task_are_fetched_while_one_runs(world: World, orches
 def test_an_input_that_is_nowhere_fails_the_task_and_says_where_it_looked(world: World, orchestrator: HttpOrchestrator):
     world.start("w-1", ORCHESTRATOR_BASE_URL=orchestrator.base_url, ORCHESTRATOR_TOKEN="fleet-token")
     load = {"path": "/nowhere/model", "taskId": "unknown-task", "url": orchestrator.file_url("x", "model.tar.gz")}
-    spec = {"taskType": "inference", "checkpoint": {"load": load}, "data": {"type": "list", "items": ["x"]}}
+    spec = {
+        "taskType": "inference",
+        "enforce_cpu": True,
+        "checkpoint": {"load": load},
+        "data": {"type": "list", "items": ["x"]},
+    }
 
     end = world.run(spec)
 
@@ -124,7 +130,12 @@ def test_a_cancel_ends_a_download(world: World, orchestrator: HttpOrchestrator):
     url = orchestrator.put_file("x", "model.tar.gz", os.urandom(100_000))
     orchestrator.hang("download")
     task = world.send(
-        {"taskType": "inference", "checkpoint": {"load": {"url": url}}, "data": {"type": "list", "items": ["x"]}}
+        {
+            "taskType": "inference",
+            "enforce_cpu": True,
+            "checkpoint": {"load": {"url": url}},
+            "data": {"type": "list", "items": ["x"]},
+        }
     )
     wait_until(lambda: orchestrator.seen("download"), "the download hangs")
 

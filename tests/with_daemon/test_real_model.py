@@ -35,6 +35,7 @@ def models_world(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterat
 def inference(model: Path, items: list[object], **options: object) -> Json:
     return {
         "taskType": "inference",
+        "enforce_cpu": True,
         "model": {"source": {"identifier": str(model)}},
         "data": {"type": "list", "items": items},
         "inference": {"temperature": 0, **options},

@@ -40,6 +40,27 @@ def test_another_key_replaces_the_engine(world: World):
     assert daemon.engines() == [third.result["pid"]]
 
 
+def test_waiting_tasks_of_the_loaded_model_come_first(world: World):
+    world.start()
+    first = world.send(loading("small", run_sec=1.0))
+    world.progressed(first)
+    other = world.send(loading("large"))
+    late = world.send(loading("small"))
+    assert all(world.ended(task_id).ok for task_id in (first, other, late))
+    started = [event["task_id"] for event in world.events.on("tasks.events", "TASK_STARTED")]
+    assert started == [first, late, other]
+
+
+def test_the_order_of_arrival_can_be_kept(world: World):
+    world.start(WORKER_MAX_QUEUE_SKIPS="0")
+    first = world.send(loading("small", run_sec=1.0))
+    world.progressed(first)
+    others = [world.send(loading("large")), world.send(loading("small"))]
+    assert all(world.ended(task_id).ok for task_id in (first, *others))
+    started = [event["task_id"] for event in world.events.on("tasks.events", "TASK_STARTED")]
+    assert started == [first, *others]
+
+
 def test_equal_keys_of_different_kinds_are_different_engines(world: World):
     world.start()
     first = world.run(loading("small"))

@@ -1,7 +1,7 @@
 """One loaded model for the whole session, a tiny random one for shapes, and a way to make tasks."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,7 +65,10 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def task_with(tmp_path: Path) -> TaskMaker:
-    """Make a task for a model folder: `task_with(folder, items=[...], **inference options)`."""
+    """Make a task for a model folder: `task_with(folder, items=[...], **inference options)`.
+
+    Tasks share a folder unless `out_dir` says otherwise.
+    """
 
     def make(
         model: Path | str,
@@ -76,17 +79,31 @@ def task_with(tmp_path: Path) -> TaskMaker:
         roots: tuple[Path, ...] = (),
         report: FakeReport | None = None,
         sections: dict[str, object] | None = None,
+        adapters: Sequence[Path | dict[str, object]] = (),
+        out_dir: Path | None = None,
         **options: object,
     ) -> ExecutorTask[InferenceSpec]:
+        found = {}
+        entries = []
+        for place, adapter in enumerate(adapters):
+            entry = {"path": adapter} if isinstance(adapter, Path) else adapter
+            found[f"model.adapters[{place}]"] = Path(str(entry["path"]))
+            entries.append({**entry, "path": str(entry["path"])})
+
         def spec_of(**own: object) -> InferenceSpec:
             base: dict[str, object] = {
                 "taskType": "inference",
-                "model": {"source": {"identifier": str(model)}},
+                "model": {"source": {"identifier": str(model)}, "adapters": entries},
                 "data": data or {"items": items},
                 "inference": {"temperature": 0, **options},
                 **(sections or {}),
             }
             return InferenceSpec.model_validate({**base, **own})
+
+        def folder_of(task_id: str) -> Path:
+            folder = tmp_path / task_id
+            folder.mkdir(exist_ok=True)
+            return folder
 
         return ExecutorTask(
             task_id="parent",
@@ -98,11 +115,12 @@ def task_with(tmp_path: Path) -> TaskMaker:
                         data={key: value for key, value in own.items() if key != "system_prompt"},
                         inference={"temperature": 0, **options, "system_prompt": own.get("system_prompt")},
                     ),
-                    tmp_path,
+                    folder_of(task_id),
                 )
                 for task_id, own in (children or {}).items()
             ),
-            out_dir=tmp_path,
+            out_dir=out_dir or folder_of("parent"),
+            inputs=found,
             policy=EnginePolicy(allowed_roots=(*roots, tmp_path, *([model] if isinstance(model, Path) else []))),
             report=report or FakeReport(),
         )

@@ -11,8 +11,9 @@ import pytest
 from executors.contract import EnginePolicy, ExecutorTask, JsonObject
 from executors.errors import BadDataError, BadSpecError, MissingLibraryError, ModelLoadError
 from executors.inference_spec import InferenceSpec
-from executors.model_loading import find_weights, load_model
+from executors.model_loading import load_model
 from executors.text_generation import TextGeneration
+from executors.weights_source import find_weights
 
 pytestmark = pytest.mark.model
 TaskMaker = Callable[..., ExecutorTask[InferenceSpec]]
@@ -29,9 +30,10 @@ def policy_for(*roots: Path) -> EnginePolicy:
 
 def test_a_folder_loads_with_the_wanted_dtype(tiny_dir: Path):
     loaded = load_model(spec_for(tiny_dir, dtype="bf16", device_map="cpu"), policy_for(tiny_dir), {})
-    assert (loaded.device, loaded.dtype, loaded.context_tokens) == ("cpu", "bfloat16", 64)
-    assert loaded.end_ids == {loaded.tokenizer.eos_token_id}
-    assert loaded.pad_id == loaded.tokenizer.eos_token_id
+    renderer = loaded.renderer
+    assert (loaded.device, loaded.dtype, renderer.context_tokens) == ("cpu", "bfloat16", 64)
+    assert renderer.end_ids == {renderer.tokenizer.eos_token_id}
+    assert loaded.pad_id == renderer.tokenizer.eos_token_id
     assert loaded.model.generation_config.temperature is None
 
 
@@ -75,8 +77,8 @@ def test_chat_needs_a_template(tiny: TextGeneration, tiny_dir: Path, task_with: 
 
 
 def test_a_template_error_names_the_prompt(tiny: TextGeneration, tiny_dir: Path, task_with: TaskMaker):
-    assert tiny._loaded is not None
-    tiny._loaded.tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
+    assert tiny._warm is not None
+    tiny._warm.loaded.renderer.tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
     with pytest.raises(BadDataError, match=r"prompt 0.*no system, please"):
         tiny.run(task_with(tiny_dir, ["hi"], chat=True))
 
@@ -86,14 +88,14 @@ def test_weights_written_anew_are_loaded_anew(tiny_dir: Path, tmp_path: Path, ta
     shutil.copytree(tiny_dir, folder)
     executor = TextGeneration()
     executor.load(task_with(folder, ["x"]))
-    before = executor._loaded
+    before = executor._warm
     executor.run(task_with(folder, ["x"], max_tokens=1))
-    assert executor._loaded is before
+    assert executor._warm is before
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"max_position_embeddings": 64', '"max_position_embeddings": 32'))
     executor.run(task_with(folder, ["x"], max_tokens=1))
-    assert executor._loaded is not None
-    assert executor._loaded.context_tokens == 32
+    assert executor._warm is not None
+    assert executor._warm.loaded.renderer.context_tokens == 32
 
 
 def test_a_models_own_code_does_not_run_without_the_operators_leave(tiny_dir: Path, tmp_path: Path):
@@ -177,7 +179,7 @@ def checkpoint_dir(tiny_dir: Path, tmp_path: Path) -> Path:
 
 def perturbed(model_dir: Path, folder: Path, seed: int) -> Path:
     import torch
-    from safetensors.torch import load_file, save_file  # noqa: PLC0415 - comes with an extra
+    from safetensors.torch import load_file, save_file
 
     shutil.copytree(model_dir, folder)
     torch.manual_seed(seed)
@@ -247,7 +249,7 @@ def test_a_lone_weights_file_takes_the_rest_from_the_base_model(
 
 
 def test_weights_that_lack_something_are_refused(checkpoint_dir: Path, checkpoint_task: TaskMaker):
-    from safetensors.torch import load_file, save_file  # noqa: PLC0415 - comes with an extra
+    from safetensors.torch import load_file, save_file
 
     weights = load_file(checkpoint_dir / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -264,9 +266,9 @@ def test_a_new_checkpoint_is_loaded_anew(
     executor = TextGeneration()
     first = checkpoint_task(checkpoint_dir)
     executor.load(first)
-    loaded = executor._loaded
+    warm = executor._warm
     before = answers(first, executor)
-    assert executor._loaded is loaded
+    assert executor._warm is warm
     second = checkpoint_task(perturbed(tiny_dir, tmp_path / "changed", seed=6))
     assert TextGeneration.engine_key(first.spec) == TextGeneration.engine_key(second.spec)
     assert answers(second, executor)["items"] != before["items"]

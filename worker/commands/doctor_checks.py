@@ -14,15 +14,20 @@ from pathlib import Path
 from typing import Final, Literal
 
 import structlog
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from executors import catalog
+from executors.catalog import CatalogEntry
+from executors.contract import EngineHost, JsonObject
+from executors.errors import BadSpecError, MissingLibraryError
+from executors.task_spec import TaskSpec
 from orchestrator_client.broker_probe import BrokerReport, probe_broker
 from orchestrator_client.connection import redacted
 from orchestrator_client.errors import WireError
 from orchestrator_client.transfers.http_link import HttpLink, shown_url
 from worker.destinations import http_policy
-from worker.gpu_facts import GpuReader
+from worker.executor_choice import CheckedSpec, ChosenExecutor, ExecutorMask, choose_executor, why_unavailable
+from worker.gpu_facts import GpuFacts, GpuReader
 from worker.settings import (
     BrokerSettings,
     Settings,
@@ -43,6 +48,12 @@ _SLOW_MS: Final = 50.0
 _HEALTH_SEC: Final = 5.0
 _SKEW_SEC: Final = 5.0
 _LARGEST_BUFFER_BYTES: Final = 1 * _GIB
+_PLAIN_SPEC: Final[JsonObject] = {
+    "model": {"source": {"identifier": "org/model"}},
+    "data": {"type": "list", "items": ["Hello"]},
+}
+"""What a task asks for that asks for nothing special, beside its type."""
+_DEPENDS: Final = "it depends on the task which executor runs it"
 
 
 class Finding(BaseModel):
@@ -234,12 +245,17 @@ async def _health_of(base: str, settings: Settings) -> int:
         await link.aclose()
 
 
-def _gpus(settings: Settings | None) -> Iterator[Finding]:
+def _gpu_facts(settings: Settings | None) -> GpuFacts | None:
+    """What the driver tells; None without one."""
     reader = GpuReader(settings.cuda_visible_devices if settings else None)
     try:
-        facts = reader.facts() if reader.open() else None
+        return reader.facts() if reader.open() else None
     finally:
         reader.close()
+
+
+def _gpus(settings: Settings | None) -> Iterator[Finding]:
+    facts = _gpu_facts(settings)
     if facts is None:
         message = "no NVIDIA driver answers: tasks run on the processor, slowly"
         fix = "on a GPU host: install the driver, check with nvidia-smi; in a container: --gpus all"
@@ -254,21 +270,55 @@ def _gpus(settings: Settings | None) -> Iterator[Finding]:
 
 
 def _executors(settings: Settings | None) -> Iterator[Finding]:
-    mask = {word.lower() for word in settings.worker_executor_mask} if settings else set()
-    for kind, entry in sorted(catalog.entries().items()):
-        subject = f"type {kind}"
-        missing = catalog.missing_libraries(entry)
-        if mask and kind not in mask:
-            yield Finding(level="OK", subject=subject, message="left out by WORKER_EXECUTOR_MASK")
-        elif missing:
-            message = f"cannot run here: {', '.join(missing)} not installed"
-            yield Finding(level="WARN", subject=subject, message=message, fix=catalog.install_hint(entry))
+    mask = ExecutorMask(settings.worker_executor_mask if settings else ())
+    accepted = mask.kinds()
+    for kind, entries in sorted(catalog.entries().items()):
+        if kind not in accepted:
+            yield Finding(level="OK", subject=f"type {kind}", message="left out by WORKER_EXECUTOR_MASK")
+        elif len(entries) == 1:
+            yield _installed(entries[0], f"type {kind}", lack="WARN")
         else:
-            yield Finding(level="OK", subject=subject, message="installed")
-    for kind in sorted(mask - catalog.entries().keys()):
-        message = f"WORKER_EXECUTOR_MASK names {kind!r}, which no executor has"
-        fix = f"known: {', '.join(sorted(catalog.entries()))}"
-        yield Finding(level="WARN", subject="settings", message=message, fix=fix)
+            choice = _choice_for_plain_task(kind, mask, settings)
+            yield choice
+            for entry in entries:
+                if mask.allows(entry):
+                    yield _installed(entry, f"  {entry.name}", lack=choice.level)
+                else:
+                    yield Finding(level="OK", subject=f"  {entry.name}", message="left out by WORKER_EXECUTOR_MASK")
+    for name in mask.unknown():
+        message = f"WORKER_EXECUTOR_MASK names {name!r}, which is neither a task type nor an executor"
+        yield Finding(level="WARN", subject="settings", message=message, fix=f"known: {mask.known()}")
+
+
+def _installed(entry: CatalogEntry, subject: str, *, lack: Level) -> Finding:
+    """Whether an executor can be imported; `lack` is the level if its libraries are simply not installed."""
+    try:
+        catalog.executor_class(entry)
+    except MissingLibraryError as error:
+        level: Level = lack if catalog.missing_libraries(entry) else "WARN"
+        message = f"cannot run here: {why_unavailable(entry, error)}"
+        return Finding(level=level, subject=subject, message=message, fix=catalog.install_hint(entry))
+    return Finding(level="OK", subject=subject, message="installed")
+
+
+def _choice_for_plain_task(kind: str, mask: ExecutorMask, settings: Settings | None) -> Finding:
+    """Which of several executors would run a task that asks for nothing special."""
+
+    def check(spec_type: type[TaskSpec]) -> CheckedSpec:
+        sent: JsonObject = {"taskType": kind, **_PLAIN_SPEC}
+        try:
+            return spec_type.model_validate(sent), sent
+        except ValidationError as error:
+            raise BadSpecError(_DEPENDS) from error
+
+    facts = _gpu_facts(settings)
+    host = EngineHost(gpus=len(facts.devices) if facts else 0)
+    choice = choose_executor(kind, mask, host, check)
+    subject = f"type {kind}"
+    if isinstance(choice, ChosenExecutor):
+        return Finding(level="OK", subject=subject, message=f"a plain task runs with {choice.why}")
+    level: Level = "OK" if choice.message == _DEPENDS else "WARN"
+    return Finding(level=level, subject=subject, message=choice.message, fix=choice.hint)
 
 
 def _nearest_existing(folder: Path) -> Path:

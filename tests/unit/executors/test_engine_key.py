@@ -51,6 +51,28 @@ def test_whatever_does_not_change_it_keeps_the_engine(same: str):
     assert same == key()
 
 
+def key_with(*adapters: dict[str, object]) -> str:
+    return key(model={"source": {"identifier": "acme/tiny-lm"}, "adapters": list(adapters)})
+
+
+def test_runtime_adapters_keep_the_engine():
+    assert key_with({"path": "/a"}, {"path": "/b", "scale": 0.5}) == key_with()
+    assert key_with({"type": "ia3", "apply": "merge"}) == key_with()
+
+
+def test_merged_adapters_change_the_loaded_model():
+    keys = [
+        key_with(),
+        key_with({"path": "/a", "apply": "merge"}),
+        key_with({"path": "/a", "apply": "merge", "scale": 0.5}),
+        key_with({"path": "/b", "apply": "merge"}),
+        key_with({"path": "/a", "apply": "merge"}, {"path": "/b", "apply": "merge"}),
+    ]
+    assert len(set(keys)) == len(keys)
+    secret = key_with({"url": "http://u:secret-1@h/a", "apply": "merge", "headers": {"X-Key": "secret-2"}})
+    assert "secret" not in secret
+
+
 def test_equal_dtypes_and_devices_share_a_key():
     assert key(options={"dtype": "fp16"}) == key(options={"dtype": "float16"})
     assert key(options={"device_map": "cpu"}) == key(enforce_cpu=True)
@@ -64,7 +86,8 @@ def test_the_gpu_limit_counts_where_a_model_is_spread():
 def test_the_daemon_can_import_the_executor_cheaply():
     code = (
         "import sys, executors.text_generation\n"
-        "print(sorted({'torch', 'transformers', 'datasets', 'numpy', 'pandas', 'jinja2'} & set(sys.modules)))"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'pandas', 'jinja2', 'peft', 'xgrammar'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"

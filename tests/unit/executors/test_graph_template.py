@@ -3,7 +3,7 @@ from pydantic import JsonValue
 
 from executors.errors import BadDataError, BadSpecError
 from executors.graph_template import render_template
-from executors.inference_spec import GraphTemplate
+from executors.prompt_spec import GraphTemplate
 
 ITEMS: JsonValue = [{"output": "cats purr"}, {"output": "dogs\nbark"}]
 WRAPPED: dict[str, JsonValue] = {

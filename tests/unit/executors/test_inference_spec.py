@@ -24,9 +24,12 @@ def errors_of(value: dict[str, object]) -> dict[tuple[int | str, ...], str]:
 def test_defaults_are_those_of_the_wire():
     spec = InferenceSpec.model_validate(spec_dict())
     options = spec.inference
-    assert (options.temperature, options.top_p, options.top_k, options.token_limit) == (0.7, 0.95, 50, 512)
+    assert (options.temperature, options.top_p, options.top_k, options.token_limit) == (0.7, 0.95, None, 512)
     assert (options.repetition_penalty, options.presence_penalty, options.frequency_penalty) == (1.0, 0.0, 0.0)
     assert (options.stop, options.seed, options.chat, options.greedy) == ((), None, False, False)
+    assert (options.n, options.logprobs, options.guided, options.resume) == (1, None, None, False)
+    assert spec.model.adapters == ()
+    assert spec.postprocess.jsonl_export is None
     assert (spec.data.split, spec.data.seed, spec.data.shuffle) == ("train", 42, False)
     assert (spec.shard.total, spec.shard.index, spec.shard.contiguous) == (1, 0, True)
     assert spec.model.transformers.device_map is None
@@ -159,21 +162,39 @@ def test_a_wrong_message_is_named():
     assert list(errors) == [("data", "items", 0, "messages", 0, "content")]
 
 
-@pytest.mark.parametrize(
-    ("sections", "location"),
-    [
-        ({"postprocess": {"jsonl_export": {"path": "x"}}}, ("postprocess", "jsonl_export")),
-        (
-            {"model": {"source": {"identifier": "a/b"}, "adapters": [{"type": "lora", "path": "/x"}]}},
-            ("model", "adapters"),
-        ),
-        ({"data": {"jsonl": {"path": "x"}}}, ("data",)),
-    ],
-)
-def test_what_is_not_built_yet_is_refused(sections: dict[str, object], location: tuple[str, ...]):
-    errors = errors_of(spec_dict(**sections))
-    assert list(errors) == [location]
-    assert "not supported" in errors[location]
+def test_what_is_not_built_yet_is_refused():
+    errors = errors_of(spec_dict(data={"jsonl": {"path": "x"}}))
+    assert list(errors) == [("data",)]
+    assert "not supported" in errors["data",]
+
+
+def test_adapters_are_inputs_by_their_places():
+    adapters = [{"path": "/a"}, {"type": "ia3"}, {"url": "http://h/b.zip", "apply": "merge"}]
+    spec = InferenceSpec.model_validate(spec_dict(model={"source": {"identifier": "a/b"}, "adapters": adapters}))
+    assert [(request.name, request.kind) for request in spec.inputs()] == [
+        ("model.adapters[0]", "adapter"),
+        ("model.adapters[2]", "adapter"),
+    ]
+    assert spec.wants_runtime_adapters
+
+
+@pytest.mark.parametrize("adapters", [[], [{"type": "ia3"}], [{"path": "/a", "apply": "merge"}]])
+def test_when_no_adapter_is_wanted_at_run_time(adapters: list[object]):
+    spec = InferenceSpec.model_validate(spec_dict(model={"source": {"identifier": "a/b"}, "adapters": adapters}))
+    assert not spec.wants_runtime_adapters
+
+
+def test_an_adapter_that_names_nothing_is_refused_by_its_place():
+    model = {"source": {"identifier": "a/b"}, "adapters": [{"path": "/a"}, {"name": "x"}]}
+    assert list(errors_of(spec_dict(model=model))) == [("model", "adapters", 1)]
+
+
+def test_an_export_is_checked_with_the_spec():
+    export = {"path": "out.jsonl", "fields": {"answer": "output"}}
+    spec = InferenceSpec.model_validate(spec_dict(postprocess={"jsonl_export": export}))
+    assert spec.postprocess.jsonl_export is not None
+    errors = errors_of(spec_dict(postprocess={"jsonl_export": {**export, "path": "../x"}}))
+    assert list(errors) == [("postprocess", "jsonl_export", "path")]
 
 
 @pytest.mark.parametrize(

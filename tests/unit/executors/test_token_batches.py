@@ -1,11 +1,13 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from executors.errors import TaskCancelledError
-from executors.token_batches import BatchLimits, BatchWatch, Pace, TokenRow, make_batches
+from executors.generation_pace import Pace
+from executors.generation_run import PromptRow
+from executors.token_batches import BatchLimits, BatchWatch, make_batches
 
 LETTERS = "?abcdefghijklmnopqrstuvwxyz"
 END = 0
@@ -59,11 +61,11 @@ class FakeTensor:
         return [dtype(value) for value in values]
 
 
-def row(place: int, length: int, new_tokens: int = 4) -> TokenRow:
-    return TokenRow(place=place, ids=tuple(range(length)), new_tokens=new_tokens)
+def row(place: int, length: int, new_tokens: int = 4) -> PromptRow:
+    return PromptRow(place=place, ids=tuple(range(length)), new_tokens=new_tokens)
 
 
-def watch_for(rows: list[TokenRow], report: Report, *stop: str) -> BatchWatch:
+def watch_for(rows: list[PromptRow], report: Report, *stop: str, left: dict[int, int] | None = None) -> BatchWatch:
     return BatchWatch(
         rows,
         end_ids=frozenset({END}),
@@ -71,6 +73,7 @@ def watch_for(rows: list[TokenRow], report: Report, *stop: str) -> BatchWatch:
         decode=lambda tokens: "".join(LETTERS[token] for token in tokens),
         report=report,
         pace=Pace(len(rows), report),
+        outputs_left=left if left is not None else {row.place: 1 for row in rows},
     )
 
 
@@ -101,6 +104,26 @@ def test_each_row_ends_for_its_own_reason():
     assert watch.stopped == [True, True, False, False]
 
 
+def test_a_prompt_counts_once_all_its_outputs_are_finished():
+    report = Report()
+    left = {0: 3}
+    twice, once = ([row(0, 1)] * count for count in (2, 1))
+    step(watch_for(twice, report, left=left), END, 1)
+    assert left == {0: 2}
+    step(watch_for(twice, report, left=left), 1, END)
+    assert left == {0: 1}
+    last = watch_for(once, report, left=left)
+    step(last, END)
+    last._pace.tell()
+    assert report.told[-1] == (1, 1)
+
+
+def test_rows_of_one_prompt_stay_together_and_in_order():
+    rows = [replace(row(place, 3), seed=copy) for place in range(3) for copy in range(4)]
+    batched = [r for batch in make_batches(rows, BatchLimits(rows=5, tokens=999)) for r in batch]
+    assert batched == rows
+
+
 def test_a_cancel_ends_all_rows_at_once():
     report = Report()
     watch = watch_for([row(0, 1), row(1, 1)], report)
@@ -118,7 +141,7 @@ def test_a_stop_string_is_found_across_tokens_and_only_in_the_output():
 
 def test_progress_is_told_every_two_seconds(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
-    monkeypatch.setattr("executors.token_batches.time.monotonic", lambda: now)
+    monkeypatch.setattr("executors.generation_pace.time.monotonic", lambda: now)
     report = Report()
     pace = Pace(3, report)
     pace.add(items=1, tokens=5)
@@ -131,3 +154,13 @@ def test_progress_is_told_every_two_seconds(monkeypatch: pytest.MonkeyPatch):
     pace.tell()
     assert report.told == [(1, 3), (2, 3)]
     assert pace.elapsed_sec == 3.0
+
+
+def test_prompts_that_need_no_work_count_as_done():
+    report = Report()
+    pace = Pace(5, report)
+    pace.skip(3)
+    pace.tell()
+    pace.add(items=1, tokens=1)
+    pace.tell()
+    assert report.told == [(3, 5), (4, 5)]

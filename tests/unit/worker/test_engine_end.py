@@ -21,6 +21,7 @@ from worker.engine_end import EngineEnd, failure_of
         (EngineEnd("gone"), "engine_crash", "None"),
         (EngineEnd("garbage", detail="Invalid JSON"), "engine_protocol", "Invalid JSON"),
         (EngineEnd("channel_closed"), "engine_protocol", "closed its channel"),
+        (EngineEnd("spoiled", detail="t-9"), "engine_crash", "because of task t-9"),
         (EngineEnd("timeout", seconds=90), "timeout", "90 s"),
         (EngineEnd("no_progress", seconds=5), "no_progress", "5 s"),
         (EngineEnd("cancelled"), "cancelled", "cancelled"),

@@ -23,6 +23,7 @@ class StandIn:
     def __init__(self, key: str) -> None:
         self.key = key
         self.alive = True
+        self.pids = frozenset({len(key)})
         StandIn.living.add(key)
         assert len({name for name in StandIn.living if name.startswith("model")}) <= 1
 
@@ -38,8 +39,6 @@ class StandIn:
         for _ in range(5):
             await asyncio.sleep(0)
         StandIn.living.discard(self.key)
-
-    def rest(self) -> None: ...
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +68,7 @@ async def test_an_engine_that_expires_while_another_is_wanted_never_overlaps_it(
     await used(pool, "light", exclusive=False)
     await used(pool, "model-1", exclusive=True)
     idling = asyncio.create_task(pool.end_idle())
-    while "light" in pool._slots:
+    while pool._slots["light"].engine.alive:
         await asyncio.sleep(0)
     assert "light" in StandIn.living  # it is being ended, and model-1 is next
 
@@ -95,4 +94,110 @@ async def test_a_dead_engine_that_is_also_the_stalest_is_ended_once():
     _, warm = await pool.acquire("light-0", "m:C", exclusive=False)
 
     assert not warm
+    await pool.close()
+
+
+async def entered(pool: EnginePool, key: str = "model-1", *, concurrent: bool = True) -> StandIn:
+    engine, _ = await pool.acquire(key, "m:C", exclusive=True, concurrent=concurrent)
+    assert isinstance(engine, StandIn)
+    return engine
+
+
+async def settled(task: asyncio.Task[object] | None = None) -> None:
+    """Let everything go on that can."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert task is None or not task.done()
+
+
+async def test_a_concurrent_engine_takes_several_tasks_and_idles_when_the_last_has_left():
+    pool = EnginePool(SETUP, 0)
+    first, second = await asyncio.gather(entered(pool), entered(pool))
+    assert first is second
+    await pool.release(first, keep=True)
+    waiting = asyncio.create_task(entered(pool, "model-2"))
+    await settled(waiting)
+    assert first.alive
+
+    await pool.release(second, keep=True)
+
+    assert (await waiting).key == "model-2"
+    assert not first.alive
+    await pool.close()
+
+
+async def test_an_engine_of_one_task_at_a_time_is_waited_for():
+    pool = EnginePool(SETUP, 0)
+    first = await entered(pool, concurrent=False)
+    waiting = asyncio.create_task(entered(pool, concurrent=False))
+    await settled(waiting)
+
+    await pool.release(first, keep=True)
+
+    assert await waiting is first
+    await pool.close()
+
+
+async def test_the_others_in_a_broken_engine_have_a_moment_and_nobody_enters_it():
+    pool = EnginePool(SETUP, 0)
+    broken = await entered(pool)
+    await entered(pool)
+    releasing = asyncio.create_task(pool.release(broken, keep=False))
+    await settled(releasing)
+    assert pool.warm_keys() == set()
+    joining = asyncio.create_task(entered(pool))
+    await settled(joining)
+    assert broken.alive
+
+    await pool.release(broken, keep=True)
+    await releasing
+
+    assert not broken.alive
+    fresh = await joining
+    assert fresh is not broken
+    assert pool.warm_keys() == {"model-1"}
+    await pool.close()
+
+
+async def test_the_moment_ends(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine_pool, "_LAST_WORDS_SEC", 0.0)
+    pool = EnginePool(SETUP, 0)
+    broken = await entered(pool)
+    await entered(pool)
+
+    await pool.release(broken, keep=False)
+
+    assert not broken.alive
+    await pool.release(broken, keep=False)  # the other one has heard of it now
+    assert pool.warm_keys() == set()
+
+
+async def test_an_engine_that_breaks_while_another_is_wanted_is_not_waited_for_longer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine_pool, "_LAST_WORDS_SEC", 0.0)
+    pool = EnginePool(SETUP, 0)
+    broken = await entered(pool)
+    await entered(pool)
+    waiting = asyncio.create_task(entered(pool, "model-2"))
+    await settled(waiting)
+
+    await pool.release(broken, keep=False)
+
+    assert (await waiting).key == "model-2"
+    assert not broken.alive
+    await pool.close()
+
+
+async def test_who_wants_to_know_hears_of_each_engine_that_is_gone_before_the_next_starts():
+    gone: list[tuple[str, frozenset[int], set[str]]] = []
+
+    async def on_engine_gone(key: str, pids: frozenset[int]) -> None:
+        gone.append((key, pids, {*StandIn.living}))
+
+    pool = EnginePool(SETUP, 0, on_engine_gone)
+    await used(pool, "model-1", exclusive=True)
+    await used(pool, "model-22", exclusive=True)
+    broken, _ = await pool.acquire("model-22", "m:C", exclusive=True)
+    await pool.release(broken, keep=False)
+
+    assert gone == [("model-1", frozenset({7}), set()), ("model-22", frozenset({8}), set())]
     await pool.close()

@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from choosing_subjects import FAST, KIND, PLAIN, use_catalog
+from structlog.testing import capture_logs
 
 from executors.contract import JsonObject
 from orchestrator_client.messages import TaskEnvelope
 from orchestrator_client.transfers.http_link import HttpLink
 from worker.destinations import http_policy
-from worker.settings import Settings
+from worker.settings import Settings, SettingsError
 from worker.task_preparation import RejectedError, TaskPreparation
 
 
-def preparation(tmp_path: Path, *, has_gpu: bool = False, **settings: object) -> TaskPreparation:
+def preparation(tmp_path: Path, *, gpus: int = 0, **settings: object) -> TaskPreparation:
     chosen = Settings.model_validate({"redis_url": "redis://x", "results_dir": tmp_path, **settings})
-    return TaskPreparation(chosen, HttpLink(http_policy(chosen)), has_gpu=has_gpu)
+    return TaskPreparation(chosen, HttpLink(http_policy(chosen)), gpus=gpus)
 
 
 def envelope(spec: JsonObject, **more: object) -> TaskEnvelope:
@@ -79,6 +81,61 @@ def test_a_kind_whose_libraries_are_missing_says_how_to_install_them(tmp_path: P
     assert "--extra inference" in hint
 
 
+def test_the_engine_of_one_of_several_executors_has_its_name_in_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    use_catalog(monkeypatch, FAST, PLAIN)
+    spec: JsonObject = {"taskType": KIND, "wants_gpu": True}
+
+    here = preparation(tmp_path).prepare(envelope(spec))
+    there = preparation(tmp_path, gpus=1).prepare(envelope(spec))
+
+    assert (here.entry, here.engine_key) == (PLAIN, "subject.plain:Plain")
+    assert here.order.why_this_executor == "plain, not fast: there is no GPU here"
+    assert (there.entry, there.engine_key) == (FAST, "subject.fast:Fast")
+    assert there.order.why_this_executor == "fast: first choice for subject"
+
+
+def test_the_parents_executor_runs_its_children_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    use_catalog(monkeypatch, FAST, PLAIN)
+    children = [
+        {"task_id": "unsuitable", "spec": {"taskType": KIND, "refused_by": {"fast": "spec.x is 1"}}},
+        {"task_id": "invalid", "spec": {"taskType": KIND, "fault": "maybe"}},
+    ]
+
+    prepared = preparation(tmp_path).prepare(envelope({"taskType": KIND}, merged_children=children))
+
+    assert prepared.entry == FAST
+    assert [child.task_id for child in prepared.order.children] == ["unsuitable"]
+    assert prepared.failed_children["invalid"].failure.reason == "bad_spec"
+
+
+def test_an_executor_that_raises_when_it_is_asked_breaks_the_preparation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    use_catalog(monkeypatch, FAST, PLAIN)
+
+    with pytest.raises(RuntimeError, match="asked in vain"):
+        preparation(tmp_path).prepare(envelope({"taskType": KIND, "fault": True}))
+
+
+def test_an_only_executor_says_nothing_of_the_choice(tmp_path: Path):
+    assert preparation(tmp_path).prepare(envelope({"taskType": "echo"})).order.why_this_executor == ""
+
+
+def test_unknown_names_in_the_mask_are_warned_of_with_the_known_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    use_catalog(monkeypatch, FAST, PLAIN)
+    with capture_logs() as logs:
+        preparation(tmp_path, worker_executor_mask=("plain", "poem")).check_mask()
+
+    assert [(entry["name"], entry["known"]) for entry in logs] == [("poem", "fast, plain, subject")]
+
+
+def test_a_mask_that_leaves_nothing_is_refused(tmp_path: Path):
+    with pytest.raises(SettingsError, match="WORKER_EXECUTOR_MASK='poem' leaves no task type; known are: echo,"):
+        preparation(tmp_path, worker_executor_mask=("poem",)).check_mask()
+
+
 def test_merged_children_get_their_own_folders_and_a_bad_one_fails_alone(tmp_path: Path):
     children = [
         {"task_id": "good", "spec": {"taskType": "echo", "output": {"destination": {"path": "kids"}}}},
@@ -113,11 +170,11 @@ def test_an_id_that_occurs_twice_is_refused(tmp_path: Path, child_id: str):
 
 
 @pytest.mark.parametrize(
-    ("has_gpu", "expected"),
-    [(True, "acme/gpu-model"), (False, "acme/cpu-model")],
+    ("gpus", "expected"),
+    [(1, "acme/gpu-model"), (0, "acme/cpu-model")],
 )
-def test_a_task_without_a_model_gets_the_workers_default(tmp_path: Path, has_gpu: bool, expected: str):  # noqa: FBT001 - a parameter of the test
-    prepare = preparation(tmp_path, has_gpu=has_gpu, vllm_model="acme/gpu-model", hf_model="acme/cpu-model")
+def test_a_task_without_a_model_gets_the_workers_default(tmp_path: Path, gpus: int, expected: str):
+    prepare = preparation(tmp_path, gpus=gpus, vllm_model="acme/gpu-model", hf_model="acme/cpu-model")
 
     prepared = prepare.prepare(envelope({"taskType": "inference", "data": {"type": "list", "items": ["x"]}}))
 

@@ -1,0 +1,233 @@
+"""One text generation task from its spec to its result: prompts in, one engine in the middle, results and files out.
+
+Both engines share this; an engine only turns tokens into tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from executors.contract import Artifact, ChildOutput, ExecutorTask, Failure, JsonObject, MergedChild, TaskOutput
+from executors.errors import BadDataError, BadSpecError, ExecutorError, TaskCancelledError
+from executors.generation_pace import Pace
+from executors.generation_results import EngineFacts, GeneratedItem, Sample, items_json, result_of
+from executors.inference_spec import InferenceSpec
+from executors.jsonl_export import write_export
+from executors.partial_results import PartialResults
+from executors.prompt_rendering import PromptRenderer, RenderedPrompt, RenderedSet
+
+Task = ExecutorTask[InferenceSpec]
+_UNSENT = {"resume"}
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt ready to run.
+
+    Attributes:
+        place: its place among all prompts of the run, its children's included.
+        ids: its tokens.
+        new_tokens: how many tokens an output may have.
+        seed: for its own draws; None: a new draw each time. It does not depend on what runs beside it.
+    """
+
+    place: int
+    ids: tuple[int, ...]
+    new_tokens: int
+    seed: int | None = None
+
+
+Deliver = Callable[[PromptRow, tuple[Sample, ...] | str], None]
+"""Takes the outputs of a prompt, or why there are none."""
+
+
+class TextEngine(Protocol):
+    """A loaded model."""
+
+    @property
+    def renderer(self) -> PromptRenderer:
+        """Makes tokens for this model."""
+        ...
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What it is; its `model` and `engine_reason` are the task's."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Equal for the same weights and adapters, so that an earlier run's outputs may stand for these."""
+        ...
+
+    def generate(self, rows: Sequence[PromptRow], task: Task, pace: Pace, deliver: Deliver) -> None:
+        """Run all rows with the task's options, and deliver each as soon as it is finished.
+
+        Raises:
+            BadSpecError: the options cannot be honoured.
+            TaskCancelledError: the daemon asked to stop.
+        """
+        ...
+
+
+@dataclass
+class _Owner:
+    """The task itself, or a merged child."""
+
+    task: Task | MergedChild[InferenceSpec]
+    rendered: RenderedSet
+    items: list[GeneratedItem] = field(default_factory=list)
+
+
+def run_generation(task: Task, engine: TextEngine, warnings: Sequence[str] = ()) -> TaskOutput:
+    """Answer every prompt of a task and of its merged children.
+
+    Args:
+        task: the task.
+        engine: what answers.
+        warnings: sentences for the sender, before those from here.
+
+    Raises:
+        BadSpecError: messages for a model without a chat template, a path that is not allowed, and the like.
+        BadDataError: no data, no prompt that can run, or an export that lacks a required field.
+        TaskCancelledError: the daemon asked to stop.
+    """
+    told = list(warnings)
+    owners = [_Owner(task, engine.renderer.render_all(task.spec, task.policy, task.out_dir))]
+    told += owners[0].rendered.warnings
+    outputs: dict[str, ChildOutput] = {}
+    for child in task.children:
+        try:
+            _require_same_weights(child.spec, task.spec)
+            owner = _Owner(child, engine.renderer.render_all(child.spec, task.policy, child.out_dir))
+        except TaskCancelledError:
+            raise
+        except ExecutorError as error:
+            outputs[child.task_id] = ChildOutput(failure=_failure(error))
+        else:
+            owners.append(owner)
+            told += (f"child {child.task_id}: {text}" for text in owner.rendered.warnings)
+    latency_sec = _generate(task, engine, owners, told)
+    own, *children = owners
+    of_children: dict[str, list[GeneratedItem]] = {}
+    for owner in children:
+        child_id = owner.task.task_id
+        result = result_of(engine.facts, owner.items, {}, latency_sec)
+        try:
+            _require_some(owner.items)
+            artifacts = _export(owner, result)
+        except ExecutorError as error:
+            outputs[child_id] = ChildOutput(failure=_failure(error))
+            continue
+        of_children[child_id] = owner.items
+        outputs[child_id] = ChildOutput(result=result, artifacts=artifacts)
+    _require_some(own.items)
+    result = result_of(engine.facts, own.items, of_children, latency_sec)
+    artifacts = _export(own, result)
+    return TaskOutput(result=result, children=outputs, artifacts=artifacts, warnings=told)
+
+
+def _generate(task: Task, engine: TextEngine, owners: Sequence[_Owner], warnings: list[str]) -> float:
+    """Fill in the owners' items; returns the seconds that it took."""
+    options = task.spec.inference
+    prompts = [(index, item) for owner in owners for index, item in enumerate(owner.rendered.items)]
+    samples: dict[int, tuple[Sample, ...] | str] = {}
+    partial = PartialResults.begin(task.out_dir, _identity(task, engine), resume=options.resume)
+    if partial.note:
+        warnings.append(partial.note)
+    try:
+        rows = []
+        for place, (index, item) in enumerate(prompts):
+            if item.problem:
+                samples[place] = item.problem
+            elif (stored := partial.finished(_key(place, item))) is not None:
+                samples[place] = _read_back(stored)
+            else:
+                seed = None if options.seed is None else (options.seed + index) % 2**32
+                limit = engine.renderer.new_tokens(item, options.token_limit)
+                rows.append(PromptRow(place, item.ids, limit, seed))
+        pace = Pace(len(prompts), task.report)
+        pace.skip(len(prompts) - len(rows))
+        pace.tell()
+
+        def deliver(row: PromptRow, outcome: tuple[Sample, ...] | str) -> None:
+            samples[row.place] = outcome
+            partial.add(_key(row.place, prompts[row.place][1]), _stored(outcome))
+
+        task.report.raise_if_cancelled()
+        if rows:
+            engine.generate(rows, task, pace, deliver)
+        task.report.raise_if_cancelled()
+        pace.tell()
+    finally:
+        partial.close()
+    items = iter(_item(item, samples[place]) for place, (_, item) in enumerate(prompts))
+    for owner in owners:
+        owner.items = [next(items) for _ in owner.rendered.items]
+    return pace.elapsed_sec
+
+
+def _require_some(items: Sequence[GeneratedItem]) -> None:
+    """A task of which no prompt could be answered has failed."""
+    if all(item.error for item in items):
+        raise BadDataError(f"none of the {len(items)} prompts could be answered; the first: {items[0].error}")
+
+
+def _item(prompt: RenderedPrompt, outcome: tuple[Sample, ...] | str) -> GeneratedItem:
+    if isinstance(outcome, str):
+        return GeneratedItem(prompt.prompt, prompt.text, error=outcome)
+    return GeneratedItem(prompt.prompt, prompt.text, outcome, prompt_tokens=len(prompt.ids))
+
+
+def _export(owner: _Owner, result: JsonObject) -> tuple[Artifact, ...]:
+    """Write the export that the spec asks for, and note it in the result."""
+    export = owner.task.spec.postprocess.jsonl_export
+    if export is None:
+        return ()
+    result["jsonl_export"], artifact = write_export(export, items_json(owner.items), owner.task.out_dir)
+    return (artifact,)
+
+
+def _identity(task: Task, engine: TextEngine) -> str:
+    """Digest of all that decides the outputs, but for the prompts."""
+    options = task.spec.inference.model_dump(mode="json", exclude=_UNSENT)
+    return hashlib.sha256(json.dumps([engine.identity, options], sort_keys=True).encode()).hexdigest()
+
+
+def _key(place: int, prompt: RenderedPrompt) -> str:
+    digest = hashlib.sha256(",".join(map(str, prompt.ids)).encode()).hexdigest()
+    return f"{place}-{digest[:16]}"
+
+
+def _stored(outcome: tuple[Sample, ...] | str) -> JsonObject:
+    if isinstance(outcome, str):
+        return {"error": outcome}
+    return {"samples": [sample.model_dump(mode="json") for sample in outcome]}
+
+
+def _read_back(stored: JsonObject) -> tuple[Sample, ...] | str:
+    error, samples = stored.get("error"), stored.get("samples")
+    if isinstance(error, str):
+        return error
+    return tuple(Sample.model_validate(sample) for sample in samples) if isinstance(samples, list) else ""
+
+
+def _require_same_weights(child: InferenceSpec, parent: InferenceSpec) -> None:
+    """Merged tasks run on one loaded model; a child that means other weights must not get an answer from these."""
+    asked, loaded = child.checkpoint.load, parent.checkpoint.load
+    for key, differs in (
+        ("checkpoint.load", (asked and asked.identity) != (loaded and loaded.identity)),
+        ("model.adapters", child.model.adapters != parent.model.adapters),
+    ):
+        if differs:
+            raise BadSpecError(
+                f"spec.{key} of this merged task differs from that of the task it was merged into",
+                hint="Send it as a task of its own.",
+            )
+
+
+def _failure(error: ExecutorError) -> Failure:
+    return Failure(reason=error.reason, message=error.message, hint=error.hint, retryable=error.retryable)

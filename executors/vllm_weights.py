@@ -1,0 +1,131 @@
+"""The folder that vLLM loads: as it lies there, put together from parts, or with LoRA adapters merged into it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from executors.errors import BadSpecError, ModelLoadError
+from executors.lora_adapters import Adapter
+from executors.lora_merging import write_merged_model
+from executors.weights_source import WeightsSource
+
+_MERGED: Final = "_merged_vllm_model"
+"""WIRE 5.1."""
+_ASSEMBLED: Final = "_assembled_vllm_model"
+_WEIGHT_SUFFIXES: Final = frozenset({".safetensors", ".bin", ".pt", ".pth"})
+
+
+@dataclass(frozen=True)
+class ModelFolders:
+    """Hub names or absolute folders.
+
+    Attributes:
+        model: configuration and weights.
+        tokenizer: tokenizer and, for what lacks in `model`, the base model.
+        local: `model` as a folder with files in it, if it is one; a hub model that is in the cache counts.
+    """
+
+    model: str
+    tokenizer: str
+    local: Path | None
+
+
+def require_usable(source: WeightsSource, field: str) -> None:
+    """Refuse at once what vLLM would refuse after half a minute.
+
+    Raises:
+        BadSpecError: GGUF.
+        ModelLoadError: a folder without weights.
+    """
+    if source.gguf_file:
+        raise BadSpecError(
+            f"{field} is the GGUF file {source.gguf_file!r}, which vLLM does not load",
+            hint="Set spec.enforce_cpu, which runs it with Transformers, or give ordinary weights.",
+        )
+    folder = Path(source.location)
+    if (
+        source.stamp
+        and not source.weights_file
+        and not any(Path(name).suffix.lower() in _WEIGHT_SUFFIXES for name, size, _ in source.stamp if size)
+    ):
+        raise ModelLoadError(
+            f"{field} is the folder {str(folder)!r}, which holds no weights; expected *.safetensors or *.bin files",
+            hint="Check that the model was copied or downloaded as a whole.",
+        )
+
+
+@contextmanager
+def ready_folders(
+    source: WeightsSource, merged: Sequence[Adapter], load_options: Mapping[str, object], scratch: Path
+) -> Iterator[ModelFolders]:
+    """Give folders that vLLM can load; those that had to be made are gone afterwards: loaded weights need no files.
+
+    Args:
+        source: where the weights come from.
+        merged: adapters to merge into them.
+        load_options: what tells Transformers which revision, and whether the model's own code may run.
+        scratch: the task's folder.
+
+    Raises:
+        BadSpecError, ModelLoadError: parts that do not belong together, too little room on the disk.
+    """
+    base = source.base or source
+    made: list[Path] = []
+    try:
+        folders = ModelFolders(source.location, base.location, _local(source))
+        if source.weights_file:
+            assembled = scratch / _ASSEMBLED
+            made.append(assembled)
+            _assemble(source, assembled)
+            folders = ModelFolders(str(assembled), base.location, assembled)
+        if merged:
+            target = scratch / _MERGED
+            made.append(target)
+            shutil.rmtree(target, ignore_errors=True)
+            write_merged_model(folders.model, load_options, folders.tokenizer, merged, target)
+            folders = ModelFolders(str(target), base.location, target)
+        yield folders
+    finally:
+        for folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _local(source: WeightsSource) -> Path | None:
+    if source.stamp:
+        return Path(source.location)
+    return cached_folder(source.location)
+
+
+def cached_folder(name: str, revision: str | None = None) -> Path | None:
+    """A hub model's folder in the local cache; None if it is not there as a whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+
+
+def _assemble(source: WeightsSource, folder: Path) -> None:
+    """A folder with the base's configuration and a lone weights file, as links."""
+    if source.base is None or source.weights_file is None:
+        raise RuntimeError("a lone weights file comes with a base")
+    base = _local(source.base)
+    if base is None:
+        raise ModelLoadError(
+            f"spec.model.source.identifier {source.base.location!r} is not in the local cache; its configuration has "
+            "to complete the weights of spec.checkpoint.load",
+            hint="Give a folder, or run a task with this model first.",
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for file in base.iterdir():
+        if file.is_file() and file.suffix.lower() not in _WEIGHT_SUFFIXES and not file.name.endswith(".index.json"):
+            (folder / file.name).symlink_to(file)
+    (folder / "model.safetensors").symlink_to(Path(source.location) / source.weights_file)
