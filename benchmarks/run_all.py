@@ -91,7 +91,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the worker against its targets.")
     names = list(measurements(quick=True))
     parser.add_argument("--only", nargs="+", choices=names, help="measure only these")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: rough figures in a minute, with vLLM in a few")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: rough figures in a few minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file too")
     return parser.parse_args(arguments)
 

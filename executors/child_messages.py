@@ -69,7 +69,7 @@ class CancelTask(_Message):
 
 
 class Loaded(_Message):
-    """The executor's `load` took `load_sec` seconds."""
+    """The executor's `load`, or the wait for another task's, took `load_sec` seconds."""
 
     type: Literal["loaded"] = "loaded"
     task_id: str

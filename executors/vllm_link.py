@@ -172,6 +172,8 @@ class VllmLink:
 
 async def _start(arguments: Mapping[str, object]) -> AsyncLLM:
     from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    # Batch limits for throughput, as `vllm.LLM` has them; those of a server would favour latency.
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)

@@ -68,9 +68,8 @@ def _find_checkpoint(spec: InferenceSpec, policy: EnginePolicy, found: Path) -> 
     names = {path.name for path in files}
     if "adapter_config.json" in names:
         raise BadSpecError(
-            f"{field} is a LoRA adapter ({found.name!r} holds adapter_config.json), and this version runs none; "
-            "expected whole weights",
-            hint="Merge the adapter into its model, and give the merged folder.",
+            f"{field} is a LoRA adapter ({found.name!r} holds adapter_config.json); expected whole weights",
+            hint="Name its base model in spec.model.source, and the adapter in spec.model.adapters.",
         )
     if found.is_dir() and "config.json" in names:
         base = None if names & _TOKENIZER_FILES else _base_of(spec, policy, f"{field} has no tokenizer files")

@@ -37,6 +37,8 @@ def engine_environment() -> Iterator[None]:
             patch.setenv(name, "1")
         patch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        # Else each engine pins itself to the same cores, and two of them starve each other.
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         yield
 
 

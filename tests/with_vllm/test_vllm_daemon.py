@@ -42,15 +42,16 @@ def sent(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> TaskMaker:
 
 
 @pytest.fixture(scope="module")
-def roots(smollm: Path, adapters: Adapters) -> str:
-    return f"{smollm}:{adapters.first.parent}"
+def environment(smollm: Path, adapters: Adapters) -> dict[str, str]:
+    """Of the module's daemons. Engines that pin themselves to the same cores starve each other."""
+    return {"WORKER_ALLOWED_ROOTS": f"{smollm}:{adapters.first.parent}", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 @pytest.fixture(scope="module")
-def vllm_world(tmp_path_factory: pytest.TempPathFactory, roots: str) -> Iterator[World]:
+def vllm_world(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[World]:
     """One daemon for the module; a test may put another in its place."""
     made = World(tmp_path_factory.mktemp("world"))
-    made.start(WORKER_ALLOWED_ROOTS=roots)
+    made.start(**environment)
     yield made
     made.close()
 
@@ -187,7 +188,13 @@ def test_ten_queued_tasks_share_the_engine(vllm_world: World, sent: TaskMaker):
 
 
 def test_what_dies_in_the_middle_and_what_comes_after(
-    vllm_world: World, sent: TaskMaker, adapters: Adapters, loaded: VllmGeneration, tasks: TaskMaker
+    vllm_world: World,
+    *,
+    environment: dict[str, str],
+    sent: TaskMaker,
+    adapters: Adapters,
+    loaded: VllmGeneration,
+    tasks: TaskMaker,
 ):
     """One test, because each step begins with the engine that the one before has to start anew."""
     world, long = vllm_world, sent.spec(MANY, max_tokens=600)
@@ -236,7 +243,7 @@ def test_what_dies_in_the_middle_and_what_comes_after(
     assert finished < len(MANY)
     wait_until(lambda: not any(map(_lives, before)), "the engine has gone with its daemon")
     told_before = len(_progress(world, cut))
-    world.start(WORKER_ALLOWED_ROOTS=world.daemons[-1].environment["WORKER_ALLOWED_ROOTS"])
+    world.start(**environment)
     end = world.ended(cut, within_sec=START_SEC)
     assert len(items(end)) == len(MANY)
     assert all(item["output"] for item in items(end))

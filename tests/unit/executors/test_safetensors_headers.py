@@ -20,7 +20,7 @@ Entry = dict[str, object]
 def save(file: Path, tensors: dict[str, tuple[str, list[int]]]) -> Path:
     """Write a file with the library: name → dtype and shape."""
     import torch
-    from safetensors.torch import save_file  # noqa: PLC0415 - needs torch
+    from safetensors.torch import save_file
 
     values = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in tensors.items()}
     save_file(values, file, metadata={"format": "pt"})
