@@ -109,13 +109,20 @@ class AdapterSet:
     warnings: tuple[str, ...]
 
 
-def find_adapters(entries: Sequence[AdapterEntry], inputs: Mapping[str, Path], *, engine: AdapterEngine) -> AdapterSet:
+def find_adapters(
+    entries: Sequence[AdapterEntry],
+    inputs: Mapping[str, Path],
+    *,
+    engine: AdapterEngine,
+    only: Literal["runtime", "merge"] | None = None,
+) -> AdapterSet:
     """Find and check the adapters that a spec names, without reading their weights.
 
     Args:
         entries: the spec's `model.adapters`.
         inputs: what the daemon has found or fetched: a folder for `model.adapters[<place>]` of each LoRA entry.
         engine: who applies the runtime adapters. Merging is the same for both.
+        only: look at those that are applied in this way, and at no others.
 
     Raises:
         BadSpecError: no LoRA adapter, incomplete, damaged, a name used twice, or of a kind that cannot be applied.
@@ -127,6 +134,8 @@ def find_adapters(entries: Sequence[AdapterEntry], inputs: Mapping[str, Path], *
         if entry.type != "lora":
             kind = shown(entry.type)
             warnings.append(f"spec.model.adapters[{place}] is of type {kind} and is skipped; only 'lora' is known")
+            continue
+        if only not in {None, entry.apply}:
             continue
         key = f"model.adapters[{place}]"
         if key not in inputs:

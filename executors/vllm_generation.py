@@ -20,6 +20,7 @@ from executors.generation_results import EngineFacts, Sample
 from executors.generation_run import Deliver, PromptRow, Task, run_generation
 from executors.inference_spec import InferenceSpec, spec_warnings
 from executors.lora_adapters import (
+    Adapter,
     AdapterSet,
     ReadyAdapter,
     check_base,
@@ -38,21 +39,23 @@ from executors.weights_source import WeightsSource, find_weights
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
+_LOOK_EVERY_SEC: Final = 0.5
 _SCRATCH: Final = "_lora_cache"
 """WIRE 5.1; `ready_adapter` writes there."""
 
 
 @dataclass(frozen=True)
 class _Files:
-    """What an engine was loaded from, to notice that it was written anew."""
+    """What an engine is loaded from, to notice that it was written anew."""
 
     weights: WeightsSource
-    merged: tuple[tuple[tuple[str, int, int], ...], ...]
+    merged: tuple[Adapter, ...]
 
 
-def _files(task: ExecutorTask[InferenceSpec], adapters: AdapterSet) -> _Files:
-    merged = tuple(adapter.stamp for adapter in adapters.merged)
-    return _Files(find_weights(task.spec, task.policy, task.inputs), merged)
+def _files(task: ExecutorTask[InferenceSpec]) -> _Files:
+    # Runtime adapters are not looked at: a faulty one must not keep the engine from those who share it.
+    adapters = find_adapters(task.spec.model.adapters, task.inputs, engine="vllm", only="merge")
+    return _Files(find_weights(task.spec, task.policy, task.inputs), adapters.merged)
 
 
 class VllmGeneration(Executor[InferenceSpec]):
@@ -67,6 +70,7 @@ class VllmGeneration(Executor[InferenceSpec]):
         self._adapter_numbers: dict[str, int] = {}
         self._next_number = itertools.count(1)
         self._running = 0
+        self._loading = False
         self._changed = threading.Condition()
 
     @classmethod
@@ -104,13 +108,12 @@ class VllmGeneration(Executor[InferenceSpec]):
         Raises:
             ExecutorError: see `executors.vllm_start.start_engine`.
         """
-        adapters = find_adapters(task.spec.model.adapters, task.inputs, engine="vllm")
-        files = _files(task, adapters)
+        files = _files(task)
         if self._loaded is not None:
             self._loaded.link.close()
             self._loaded = None
         self._adapter_numbers.clear()
-        self._loaded = start_engine(task, files.weights, adapters)
+        self._loaded = start_engine(task, files.weights, files.merged)
         self._files = files
 
     def run(self, task: ExecutorTask[InferenceSpec]) -> TaskOutput:
@@ -120,7 +123,7 @@ class VllmGeneration(Executor[InferenceSpec]):
             BadSpecError, BadDataError, TaskCancelledError: see `executors.generation_run.run_generation`.
         """
         adapters = find_adapters(task.spec.model.adapters, task.inputs, engine="vllm")
-        with self._current(task, adapters) as loaded:
+        with self._current(task) as loaded:
             try:
                 request, ready = self._adapter(loaded, adapters, task)
                 engine = _Engine(loaded, task, request, ready)
@@ -130,25 +133,40 @@ class VllmGeneration(Executor[InferenceSpec]):
                 shutil.rmtree(task.out_dir / _SCRATCH, ignore_errors=True)
 
     @contextmanager
-    def _current(self, task: ExecutorTask[InferenceSpec], adapters: AdapterSet) -> Iterator[LoadedVllm]:
-        """Give the loaded engine, started anew when the model's files have changed: training may write them again."""
-        files = _files(task, adapters)
-        with self._changed:
-            while self._loaded is None or files != self._files:
-                if not self._running:
-                    self.load(task)
-                    files = _files(task, adapters)
-                else:
-                    self._changed.wait(1.0)
-                    task.report.raise_if_cancelled()
-            self._running += 1
-            loaded = self._loaded
+    def _current(self, task: ExecutorTask[InferenceSpec]) -> Iterator[LoadedVllm]:
+        """Give the engine to one of the tasks that use it at the same time."""
+        loaded = self._join(task)
         try:
             yield loaded
         finally:
             with self._changed:
                 self._running -= 1
                 self._changed.notify_all()
+
+    def _join(self, task: ExecutorTask[InferenceSpec]) -> LoadedVllm:
+        """Count the task in. The engine is started anew if it has died, or if the model's files have changed.
+
+        Training may write them again. A new start waits for the tasks that run on the old files.
+        """
+        while True:
+            files = _files(task)
+            with self._changed:
+                if self._loaded is not None and self._loaded.link.alive and files == self._files and not self._loading:
+                    self._running += 1
+                    return self._loaded
+                my_turn = not (self._loading or self._running)
+                if my_turn:
+                    self._loading = True
+                else:
+                    self._changed.wait(_LOOK_EVERY_SEC)
+            if my_turn:
+                try:
+                    self.load(task)
+                finally:
+                    with self._changed:
+                        self._loading = False
+                        self._changed.notify_all()
+            task.report.raise_if_cancelled()
 
     def _adapter(
         self, loaded: LoadedVllm, adapters: AdapterSet, task: ExecutorTask[InferenceSpec]

@@ -79,6 +79,11 @@ class VllmLink:
         self.dtype = str(config.dtype).removeprefix("torch.")
         self.most_sequences: int = self._llm.scheduler_config.max_num_seqs
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can still run anything."""
+        return not self._llm.errored
+
     def add_adapter(self, adapter: LoRARequest) -> None:
         """Load an adapter now, so that a faulty one is noticed before anything runs with it.
 

@@ -12,7 +12,7 @@ from executors.contract import EnginePolicy, ExecutorTask
 from executors.errors import BadSpecError, EngineCrashError, EngineMemoryError, MissingLibraryError, ModelLoadError
 from executors.gpu_memory import describe
 from executors.inference_spec import InferenceSpec
-from executors.lora_adapters import AdapterSet, check_base
+from executors.lora_adapters import Adapter
 from executors.memory_forecast import NotEnoughGpuMemoryError
 from executors.output_tail import OutputTail, means_no_memory
 from executors.prompt_rendering import PromptRenderer
@@ -73,8 +73,8 @@ def output_tail() -> OutputTail:
     return OutputTail()
 
 
-def start_engine(task: ExecutorTask[InferenceSpec], source: WeightsSource, adapters: AdapterSet) -> LoadedVllm:
-    """Start an engine for a task's model.
+def start_engine(task: ExecutorTask[InferenceSpec], source: WeightsSource, merged: Sequence[Adapter]) -> LoadedVllm:
+    """Start an engine for a task's model, with adapters merged into it.
 
     Raises:
         MissingLibraryError: vLLM cannot be imported.
@@ -94,18 +94,16 @@ def start_engine(task: ExecutorTask[InferenceSpec], source: WeightsSource, adapt
     report.log("info", f"loading {name} with vLLM")
     tokenizer, end_ids = _load_tokenizer(spec, policy, source.base or source, f"{field} {name!r}")
     options = hub_options(spec, policy, source.base or source)
-    with ready_folders(source, adapters.merged, options, task.out_dir) as folders:
+    with ready_folders(source, merged, options, task.out_dir) as folders:
         tensors = read_headers(folders.local) if folders.local is not None else {}
-        for adapter in adapters.runtime:
-            check_base(adapter, tensors, name)
         plan = plan_engine(spec, policy, folders, on_gpu=not is_processor_build())
         for note in plan.notes:
             report.log("warning", note)
         link, plan = _start(plan, policy, f"{field} {name!r}")
     renderer = PromptRenderer(tokenizer, end_ids, link.context_tokens)
     report.log("info", f"loaded on {plan.devices} as {link.dtype}; context of {link.context_tokens} tokens")
-    merged = [(adapter.stamp, adapter.scale) for adapter in adapters.merged]
-    return LoadedVllm(link, renderer, plan.devices, plan.notes, tensors, repr((source, merged, link.dtype)))
+    changes = [(adapter.stamp, adapter.scale) for adapter in merged]
+    return LoadedVllm(link, renderer, plan.devices, plan.notes, tensors, repr((source, changes, link.dtype)))
 
 
 def _start(plan: EnginePlan, policy: EnginePolicy, what: str) -> tuple[VllmLink, EnginePlan]:

@@ -77,7 +77,9 @@ def ready_folders(
     base = source.base or source
     made: list[Path] = []
     try:
-        folders = ModelFolders(source.location, base.location, _local(source))
+        revision = load_options.get("revision")
+        local = _local(source, revision if isinstance(revision, str) else None)
+        folders = ModelFolders(source.location, base.location, local)
         if source.weights_file:
             assembled = scratch / _ASSEMBLED
             made.append(assembled)
@@ -95,10 +97,8 @@ def ready_folders(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _local(source: WeightsSource) -> Path | None:
-    if source.stamp:
-        return Path(source.location)
-    return cached_folder(source.location)
+def _local(source: WeightsSource, revision: str | None = None) -> Path | None:
+    return Path(source.location) if source.stamp else cached_folder(source.location, revision)
 
 
 def cached_folder(name: str, revision: str | None = None) -> Path | None:

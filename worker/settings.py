@@ -424,6 +424,8 @@ def engine_environment(*, task_tag: str) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "FLOWMESH_ENGINE": task_tag,
         "TOKENIZERS_PARALLELISM": "false",
+        "SPT_NOENV": "1",  # or vLLM's processes, which name themselves, lose their environment and with it the tag
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML counts, so that what is said of a GPU is about that one
         "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",  # engine processes have threads, which a fork would not survive
     }
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors import SafetensorError, deserialize
+from safetensors import SafetensorError, deserialize  # noqa: TID253 - a test process may be heavy
 
 from executors.errors import ModelLoadError
 from executors.safetensors_headers import INDEX_NAME, TensorFacts, read_headers, read_json_object
