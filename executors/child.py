@@ -19,10 +19,11 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any, Final, Literal
+from typing import Any
 
 from executors.catalog import CatalogEntry, executor_class
 from executors.child_messages import (
+    LONGEST_MESSAGE,
     CancelTask,
     Loaded,
     LogLine,
@@ -33,12 +34,10 @@ from executors.child_messages import (
     TaskFailed,
     to_engine,
 )
-from executors.contract import EnginePolicy, Executor, ExecutorTask, Failure, LogLevel, MergedChild, TaskOutput
-from executors.errors import ExecutorError, TaskCancelledError
-from executors.failure_report import Verdict, encodable, verdict_on
-
-_LOAD_POLL_SEC: Final = 0.1
-"""How often a task that waits for another one's load looks whether it was cancelled meanwhile."""
+from executors.contract import EnginePolicy, Executor, ExecutorTask, LogLevel, MergedChild, TaskOutput
+from executors.errors import BadDataError, ExecutorError, TaskCancelledError
+from executors.failure_report import encodable, verdict_on
+from executors.shared_load import SharedLoad
 
 
 class Channel:
@@ -110,66 +109,6 @@ class Report:
         self._cancel.set()
 
 
-class LoadGivenUpError(Exception):
-    """The load that this task waited for ended because the task that had begun it was stopped."""
-
-
-class SharedLoad:
-    """The one load of an engine's life: the first task does it, those that come meanwhile wait for it.
-
-    Args:
-        executor: what is loaded.
-    """
-
-    def __init__(self, executor: Executor[Any]) -> None:
-        self._executor = executor
-        self._state: Literal["none", "running", "done", "failed"] = "none"
-        self._beginning = threading.Lock()
-        self._over = threading.Event()
-        self._error: Exception | None = None
-
-    @property
-    def usable(self) -> bool:
-        """Whether the executor is loaded, or may be soon."""
-        return self._state in {"running", "done"}
-
-    def ensure(self, task: ExecutorTask[Any]) -> bool:
-        """Load, or wait for the load; False if all was loaded before.
-
-        Raises:
-            Exception: what the load raised, to every task that waits for it.
-        """
-        if self._state == "done":
-            return False
-        with self._beginning:
-            first = self._state == "none"
-            if first:
-                self._state = "running"
-        if first:
-            self._load(task)
-        else:
-            self._wait(task)
-        return True
-
-    def _load(self, task: ExecutorTask[Any]) -> None:
-        try:
-            self._executor.load(task)
-        except Exception as error:
-            stopped = isinstance(error, TaskCancelledError)
-            self._error = LoadGivenUpError(task.task_id) if stopped else error
-            self._state = "failed"
-            self._over.set()
-            raise
-        self._state = "done"
-        self._over.set()
-
-    def _wait(self, task: ExecutorTask[Any]) -> None:
-        while not self._over.wait(_LOAD_POLL_SEC):
-            task.report.raise_if_cancelled()
-        if self._error is not None:
-            raise self._error
-
-
 class Engine:
     """One executor and its tasks."""
 
@@ -205,13 +144,14 @@ class Engine:
                 report.raise_if_cancelled()
             began = time.monotonic()
             output = self._checked(self._executor.run(task))
-            return TaskDone(task_id=order.task_id, output=output, run_sec=time.monotonic() - began).encode()
+            done = TaskDone(task_id=order.task_id, output=output, run_sec=time.monotonic() - began)
+            return _fitting(done.encode())
         except Exception as error:  # noqa: BLE001 - whatever an executor raises is the task's failure, not the process's end
-            foreseen = isinstance(error, ExecutorError | LoadGivenUpError)
+            foreseen = isinstance(error, ExecutorError)
             if not foreseen:
                 traceback.print_exc()
-            verdict = _given_up(error) if isinstance(error, LoadGivenUpError) else verdict_on(error)
-            usable = verdict.engine_usable and self._load.usable
+            verdict = verdict_on(error)
+            usable = verdict.engine_usable and self._load.hopeful
             return TaskFailed(
                 task_id=order.task_id, failure=verdict.failure, foreseen=foreseen, engine_usable=usable
             ).encode()
@@ -241,10 +181,14 @@ class Engine:
         )
 
 
-def _given_up(error: LoadGivenUpError) -> Verdict:
-    text = f"the load was given up: task {error}, which had begun it for all that waited, was stopped"
-    hint = "send the task again: the fault is not its own"
-    return Verdict(Failure(reason="engine_crash", message=text, hint=hint, retryable=True), engine_usable=False)
+def _fitting(line: bytes) -> bytes:
+    """The line, if the daemon would read it."""
+    if len(line) > LONGEST_MESSAGE:
+        raise BadDataError(
+            f"the result has {len(line)} bytes, at most {LONGEST_MESSAGE}: one task's result is one JSON file",
+            hint="Give each task fewer or shorter items, or send the data in parts (shard).",
+        )
+    return line
 
 
 def _end_group() -> None:

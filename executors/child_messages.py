@@ -17,11 +17,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from executors.contract import EnginePolicy, Failure, JsonObject, LogLevel, TaskOutput
+
+LONGEST_MESSAGE: Final = 256 * 1024**2
+"""Bytes of one line from an engine; a longer result does not belong into a JSON file."""
 
 
 class _Message(BaseModel):

@@ -6,7 +6,8 @@ ExecutorError            base; carries reason, hint and whether another try can 
 ├─ MissingLibraryError   a library of the executor's extra is not installed
 ├─ ModelLoadError        the model cannot be found or loaded
 ├─ EngineCrashError      what the executor has loaded is broken; the engine process must be replaced
-│  └─ EngineMemoryError  because a GPU's memory ran out
+│  ├─ EngineMemoryError  because a GPU's memory ran out
+│  └─ EngineHostMemoryError  because the host's memory ran out
 └─ TaskCancelledError    the daemon asked the task to stop, and it did
 """
 
@@ -96,6 +97,12 @@ class EngineMemoryError(EngineCrashError):
 
     reason = "gpu_oom"
     retryable = False
+
+
+class EngineHostMemoryError(EngineCrashError):
+    """The host's memory ran out, and the engine with it."""
+
+    reason = "host_oom"
 
 
 class TaskCancelledError(ExecutorError):

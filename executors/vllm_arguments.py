@@ -8,16 +8,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeGuard
 
 import psutil
 
 from executors.contract import EnginePolicy
-from executors.gpu_memory import GpuMemory, gpu_memory
+from executors.gpu_memory import GpuMemory, gib, gpu_memory
 from executors.inference_spec import InferenceSpec
 from executors.local_paths import confine
 from executors.memory_forecast import (
     MemoryForecast,
+    NotEnoughHostMemoryError,
     forecast,
     require_gpu_memory,
     require_host_memory,
@@ -34,6 +35,8 @@ _HOST_CACHE_LEAST: Final = 512 * 1024**2
 _STEPS_DOWN: Final = (0.05, 0.10, 0.15)
 _LEAST_UTILIZATION: Final = 0.3
 _RESIZING: Final = frozenset({"quantization", "kv_cache_dtype", "cpu_offload_gb", "offload_group_size"})
+_HOST_MEMORY: Final = {"kv_cache_memory_bytes": 1, "cpu_offload_gb": 1024**3, "kv_offloading_size": 1024**3}
+"""Arguments that take memory of the host, and their units in bytes (the first one: without a GPU)."""
 _CONFIG_LIMIT: Final = 16 * 1024**2
 _KNOWN_SAMPLES: Final = 20
 
@@ -90,8 +93,8 @@ def plan_engine(spec: InferenceSpec, policy: EnginePolicy, folders: ModelFolders
     }
     if options.max_num_seqs is not None:
         arguments["max_num_seqs"] = options.max_num_seqs
-    if spec.model.source.revision and folders.local is None:
-        arguments["revision"] = spec.model.source.revision
+    if spec.model.source.revision:  # counts where `model` or `tokenizer` is a hub name
+        arguments |= dict.fromkeys(("revision", "tokenizer_revision"), spec.model.source.revision)
     if options.download_dir is not None:
         arguments["download_dir"] = str(confine(options.download_dir, "spec.model.vllm.download_dir", policy))
     if spec.wants_runtime_adapters:
@@ -101,6 +104,8 @@ def plan_engine(spec: InferenceSpec, policy: EnginePolicy, folders: ModelFolders
             "max_loras": options.max_loras,
             "max_cpu_loras": max(options.max_loras * 2, 8),
         }
+    available = psutil.virtual_memory().available
+    _require_room(extra, available, spec.model_name, on_gpu=on_gpu)
     parallel, note = _parallel_size(spec, len(policy.gpus), folders.local) if on_gpu else (1, "")
     notes = [*notes, *([note] if note else [])]
     need = _forecast(spec, folders.local, parallel, on_gpu=on_gpu)
@@ -112,7 +117,6 @@ def plan_engine(spec: InferenceSpec, policy: EnginePolicy, folders: ModelFolders
         notes += [chosen.note] if chosen.note else []
         arguments |= {"tensor_parallel_size": parallel, "gpu_memory_utilization": chosen.value}
         return EnginePlan(arguments, ",".join(f"cuda:{number}" for number in range(parallel)), tuple(notes))
-    available = psutil.virtual_memory().available
     if need is not None:
         require_host_memory(need, available, what=f"model {spec.model_name!r}")
     arguments.setdefault("kv_cache_memory_bytes", _host_cache_bytes(available, need))
@@ -207,6 +211,23 @@ def _forecast(spec: InferenceSpec, folder: Path | None, parallel: int, *, on_gpu
         lora_rank=options.max_lora_rank if lora else 0,
         loras=options.max_loras if lora else 0,
     )
+
+
+def _require_room(extra: dict[str, object], available: int, name: str, *, on_gpu: bool) -> None:
+    """Refuse arguments that ask for more of the host's memory than there is."""
+    units = {key: unit for key, unit in _HOST_MEMORY.items() if key in extra and not (on_gpu and unit == 1)}
+    wanted = sum(value * unit for key, unit in units.items() if _is_number(value := extra[key]))
+    if wanted > available:
+        keys = ", ".join(f"spec.model.vllm.{key}" for key in units)
+        raise NotEnoughHostMemoryError(
+            f"model {name!r} asks for {gib(int(wanted))} GiB of the host's memory ({keys}), available are "
+            f"{gib(available)} GiB",
+            hint="Ask for less, or stop what holds the memory.",
+        )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _host_cache_bytes(available: int, need: MemoryForecast | None) -> int:

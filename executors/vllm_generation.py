@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from executors.contract import EngineHost, Executor, ExecutorTask, TaskOutput
-from executors.errors import BadSpecError
+from executors.errors import BadSpecError, TaskCancelledError
 from executors.generation_pace import Pace
 from executors.generation_results import EngineFacts, Sample
 from executors.generation_run import Deliver, PromptRow, Task, run_generation
@@ -185,7 +185,9 @@ class VllmGeneration(Executor[InferenceSpec]):
             self._adapter_numbers[ready.digest] = number
         request = LoRARequest(ready.digest, number, str(ready.folder))
         try:
-            loaded.link.add_adapter(request)
+            loaded.link.add_adapter(request, task.report.raise_if_cancelled)
+        except TaskCancelledError:
+            raise
         except Exception as error:
             if is_dead(error):
                 raise crash_of(error) from error
@@ -221,7 +223,9 @@ class _Engine:
             task.report.raise_if_cancelled()
             if news is not None:
                 deliver(news.row, _judged(news, task))
-            pace.add(items=news is not None, tokens=tokens.take())
+            fresh = tokens.take()
+            if news is not None or fresh:  # else the daemon would take a hung engine for a living one
+                pace.add(items=news is not None, tokens=fresh)
 
 
 def _judged(news: Finished, task: Task) -> tuple[Sample, ...] | str:

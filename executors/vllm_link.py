@@ -7,6 +7,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -84,13 +85,24 @@ class VllmLink:
         """Whether it can still run anything."""
         return not self._llm.errored
 
-    def add_adapter(self, adapter: LoRARequest) -> None:
+    def add_adapter(self, adapter: LoRARequest, check: Callable[[], None]) -> None:
         """Load an adapter now, so that a faulty one is noticed before anything runs with it.
+
+        Args:
+            adapter: the adapter.
+            check: called several times a second; what it raises ends the wait.
 
         Raises:
             Exception: whatever vLLM raises.
         """
-        self._call(self._llm.add_lora(adapter))
+        loading = asyncio.run_coroutine_threadsafe(self._llm.add_lora(adapter), self._loop)
+        while not loading.done():
+            wait([loading], _LOOK_EVERY_SEC)
+            check()
+            if not self.alive:  # vLLM leaves such calls unanswered when its processes end
+                loading.cancel()
+                raise self._llm.dead_error
+        loading.result()
 
     def run(
         self,

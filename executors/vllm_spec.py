@@ -80,12 +80,12 @@ class VllmOptions(SpecSection):
 
     tensor_parallel_size: Annotated[int | None, BeforeValidator(_auto_is_absent)] = Field(default=None, ge=1, le=1024)
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    max_model_len: Annotated[int | None, BeforeValidator(_auto_is_absent)] = Field(default=None, ge=1)
+    max_model_len: Annotated[int | None, BeforeValidator(_auto_is_absent)] = Field(default=None, ge=1, le=2**31)
     dtype: Annotated[VllmDtype, BeforeValidator(_full_dtype_name)] = "auto"
     download_dir: str | None = Field(default=None, min_length=1)
     trust_remote_code: bool = False
     enforce_eager: bool = False
-    max_num_seqs: int | None = Field(default=None, ge=1)
+    max_num_seqs: int | None = Field(default=None, ge=1, le=65_536)
     max_lora_rank: LoraRank = 64
     max_loras: int = Field(default=4, ge=1, le=64)
     release_after_run: JsonValue = None

@@ -9,11 +9,18 @@ from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from executors.contract import EnginePolicy, ExecutorTask
-from executors.errors import BadSpecError, EngineCrashError, EngineMemoryError, MissingLibraryError, ModelLoadError
+from executors.errors import (
+    BadSpecError,
+    EngineCrashError,
+    EngineHostMemoryError,
+    EngineMemoryError,
+    MissingLibraryError,
+    ModelLoadError,
+)
 from executors.gpu_memory import describe
 from executors.inference_spec import InferenceSpec
 from executors.lora_adapters import Adapter
-from executors.memory_forecast import NotEnoughGpuMemoryError
+from executors.memory_forecast import NotEnoughGpuMemoryError, NotEnoughHostMemoryError
 from executors.output_tail import OutputTail, means_no_memory
 from executors.prompt_rendering import PromptRenderer
 from executors.safetensors_headers import TensorFacts, read_headers
@@ -128,9 +135,8 @@ def _start(plan: EnginePlan, policy: EnginePolicy, what: str) -> tuple[VllmLink,
 def _why(error: Exception, cause: str, what: str, plan: EnginePlan, policy: EnginePolicy) -> Exception:
     if means_no_memory(cause):
         held = "; ".join(describe(gpu) for gpu in gpus_of(plan, policy))
-        return NotEnoughGpuMemoryError(
-            f"{what} does not fit into memory: {cause}{f' ({held})' if held else ''}", hint=_MEMORY_HINT
-        )
+        kind = NotEnoughHostMemoryError if plan.devices == "cpu" else NotEnoughGpuMemoryError
+        return kind(f"{what} does not fit into memory: {cause}{f' ({held})' if held else ''}", hint=_MEMORY_HINT)
     if isinstance(error, _SETTINGS_ERRORS):
         return BadSpecError(
             f"vLLM refuses {what} with these settings: {_first_lines(str(error))}",
@@ -150,7 +156,8 @@ def crash_of(error: Exception) -> EngineCrashError:
     """What the death of vLLM's own processes means for the tasks in it."""
     cause = output_tail().cause()
     if means_no_memory(cause):
-        return EngineMemoryError(f"vLLM ran out of memory: {cause}", hint=_MEMORY_HINT)
+        kind = EngineHostMemoryError if is_processor_build() else EngineMemoryError
+        return kind(f"vLLM ran out of memory: {cause}", hint=_MEMORY_HINT)
     return EngineCrashError(
         f"vLLM's engine ended in the middle of the task: {cause or error}",
         hint="The last log lines may show why; the full log is in the task's logs/engine.log.",

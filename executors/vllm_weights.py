@@ -12,6 +12,7 @@ from typing import Final
 from executors.errors import BadSpecError, ModelLoadError
 from executors.lora_adapters import Adapter
 from executors.lora_merging import write_merged_model
+from executors.safetensors_headers import read_json_object
 from executors.weights_source import WeightsSource
 
 _MERGED: Final = "_merged_vllm_model"
@@ -27,7 +28,7 @@ class ModelFolders:
     Attributes:
         model: configuration and weights.
         tokenizer: tokenizer and, for what lacks in `model`, the base model.
-        local: `model` as a folder with files in it, if it is one; a hub model that is in the cache counts.
+        local: `model`, if it is a folder; a hub model whose files are all in the cache is one. Else it is fetched.
     """
 
     model: str
@@ -77,32 +78,38 @@ def ready_folders(
     base = source.base or source
     made: list[Path] = []
     try:
-        revision = load_options.get("revision")
-        local = _local(source, revision if isinstance(revision, str) else None)
-        folders = ModelFolders(source.location, base.location, local)
+        asked = load_options.get("revision")
+        revision = asked if isinstance(asked, str) else None
+        local = _local(source, revision, whole=True)
+        local_base = _local(base, revision, whole=base is source)
+        # The folder says exactly which revision; by its name alone vLLM would take the newest.
+        folders = ModelFolders(str(local or source.location), str(local_base or base.location), local)
         if source.weights_file:
             assembled = scratch / _ASSEMBLED
             made.append(assembled)
-            _assemble(source, assembled)
-            folders = ModelFolders(str(assembled), base.location, assembled)
+            _assemble(source, local_base, assembled)
+            folders = ModelFolders(str(assembled), folders.tokenizer, assembled)
         if merged:
             target = scratch / _MERGED
             made.append(target)
             shutil.rmtree(target, ignore_errors=True)
             write_merged_model(folders.model, load_options, folders.tokenizer, merged, target)
-            folders = ModelFolders(str(target), base.location, target)
+            folders = ModelFolders(str(target), folders.tokenizer, target)
         yield folders
     finally:
         for folder in made:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _local(source: WeightsSource, revision: str | None = None) -> Path | None:
-    return Path(source.location) if source.stamp else cached_folder(source.location, revision)
+def _local(source: WeightsSource, revision: str | None, *, whole: bool) -> Path | None:
+    if source.stamp:
+        return Path(source.location)
+    folder = cached_folder(source.location, revision)
+    return folder if folder is not None and (_is_whole(folder) or not whole) else None
 
 
-def cached_folder(name: str, revision: str | None = None) -> Path | None:
-    """A hub model's folder in the local cache; None if it is not there as a whole."""
+def cached_folder(name: str, revision: str | None) -> Path | None:
+    """A hub model's folder in the local cache, perhaps with some of its files only; None if there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -112,15 +119,26 @@ def cached_folder(name: str, revision: str | None = None) -> Path | None:
         return None
 
 
-def _assemble(source: WeightsSource, folder: Path) -> None:
+def _is_whole(folder: Path) -> bool:
+    """Whether all weights are there: a download may have been cut off, and a tokenizer alone makes a folder too."""
+    indices = list(folder.glob("*.index.json"))
+    if not indices:
+        return any(file.suffix.lower() in _WEIGHT_SUFFIXES for file in folder.iterdir())
+    named = [read_json_object(index).get("weight_map") for index in indices]
+    return all(
+        isinstance(names, dict) and all(isinstance(name, str) and (folder / name).exists() for name in names.values())
+        for names in named
+    )
+
+
+def _assemble(source: WeightsSource, base: Path | None, folder: Path) -> None:
     """A folder with the base's configuration and a lone weights file, as links."""
     if source.base is None or source.weights_file is None:
         raise RuntimeError("a lone weights file comes with a base")
-    base = _local(source.base)
     if base is None:
         raise ModelLoadError(
-            f"spec.model.source.identifier {source.base.location!r} is not in the local cache; its configuration has "
-            "to complete the weights of spec.checkpoint.load",
+            f"spec.model.source.identifier {source.base.location!r} is not in the local cache; its configuration "
+            "has to complete the weights of spec.checkpoint.load",
             hint="Give a folder, or run a task with this model first.",
         )
     shutil.rmtree(folder, ignore_errors=True)

@@ -106,14 +106,14 @@ class Daemon:
                 with contextlib.suppress(*DISCONNECTED):
                     await client.aclose()
 
-    def _engine_pool(self, gpus: GpuFacts) -> EnginePool:
+    async def _engine_pool(self, gpus: GpuFacts) -> EnginePool:
         settings, uuids = self._settings, tuple(gpu.uuid for gpu in gpus.devices)
         policy = EnginePolicy(
             allowed_roots=settings.readable_roots, allow_remote_code=settings.worker_allow_remote_code, gpus=uuids
         )
         setup = EngineSetup(tag=self._engine_tag, working_dir=self._state.path / "engine", policy=policy)
         release = GpuRelease()
-        release.watch(uuids)
+        await release.watch(uuids)
         return EnginePool(setup, settings.executor_idle_ttl_sec, release.engine_gone)
 
     async def _live(self) -> int:
@@ -131,7 +131,7 @@ class Daemon:
             bandwidth_bytes_per_sec=self._settings.worker_network_bandwidth_bytes_per_sec,
         )
         await leftovers
-        pool = self._pool = self._engine_pool(gpu_facts)
+        pool = self._pool = await self._engine_pool(gpu_facts)
         self._inputs.start()
         identity = Identity.describe(
             self._state.worker_id,

@@ -22,7 +22,7 @@ import structlog
 from pydantic import ValidationError
 
 import executors
-from executors.child_messages import CancelTask, Loaded, RunTask, StartEngine, from_engine
+from executors.child_messages import LONGEST_MESSAGE, CancelTask, Loaded, RunTask, StartEngine, from_engine
 from executors.contract import EnginePolicy
 from worker.engine_end import oom_kills
 from worker.engine_output import EngineOutput
@@ -30,8 +30,6 @@ from worker.process_tree import end_everything, tagged
 from worker.settings import engine_environment, interpreter
 from worker.task_mailbox import ChannelEnd, EngineMessage, TaskMailbox
 
-LONGEST_MESSAGE: Final = 256 * 1024**2
-"""Bytes of one line from an engine; a longer result does not belong into a JSON file."""
 _TERM_GRACE_SEC: Final = 3.0
 
 log = structlog.get_logger()

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -211,6 +212,9 @@ class TaskEnding:
             else:
                 for (each, _), end in zip(ending, durable, strict=True):
                     each.ended.set_result(end)
+                # Only now: a kill before the journal has the end runs the task again, which may go on behind them.
+                done = [each.folder.path for each, fault in zip(batch, faults, strict=True) if _succeeded(each, fault)]
+                await loop.run_in_executor(self._disk, _drop_partials, done)
 
     def _end_of(self, each: _Waiting, fault: Failure | None) -> EndedTask | DeliveryJob | None:
         """One task's end; None if it broke, which only this task may feel."""
@@ -342,10 +346,16 @@ def _write(batch: list[_Waiting]) -> list[Failure | None]:
     for number, trouble in zip(owner, write_results(results), strict=True):
         if trouble is not None:
             faults[number] = faults[number] or _unwritten(batch[number].folder, trouble)
-    for each, fault in zip(batch, faults, strict=True):
-        if fault is None and isinstance(each.outcome, Success):
-            drop_partial(each.folder.path)
     return faults
+
+
+def _succeeded(each: _Waiting, fault: Failure | None) -> bool:
+    return fault is None and isinstance(each.outcome, Success)
+
+
+def _drop_partials(folders: list[Path]) -> None:
+    for folder in folders:
+        drop_partial(folder)
 
 
 def _artifact_fault(each: _Waiting) -> Failure | None:

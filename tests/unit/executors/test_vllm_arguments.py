@@ -20,7 +20,7 @@ from executors.contract import EnginePolicy
 from executors.errors import BadSpecError
 from executors.gpu_memory import GpuMemory
 from executors.inference_spec import InferenceSpec
-from executors.memory_forecast import NotEnoughMemoryError
+from executors.memory_forecast import NotEnoughHostMemoryError, NotEnoughMemoryError
 from executors.vllm_arguments import EnginePlan, engine_key, on_one_gpu, plan_engine, smaller
 from executors.vllm_weights import ModelFolders
 
@@ -137,10 +137,17 @@ def test_values_of_the_task_reach_the_engine(tmp_path: Path):
         plan_engine(spec_of(wanted), EnginePolicy(), HUB, on_gpu=False)
 
 
-def test_a_revision_is_for_the_hub_only(tmp_path: Path):
+def test_a_revision_is_of_the_weights_and_of_the_tokenizer():
     spec = spec_of(model={"source": {"identifier": "a/b", "revision": "v2"}})
-    assert plan_engine(spec, EnginePolicy(), HUB, on_gpu=False).arguments["revision"] == "v2"
-    assert "revision" not in plan_engine(spec, EnginePolicy(), model_folder(tmp_path), on_gpu=False).arguments
+    arguments = plan_engine(spec, EnginePolicy(), HUB, on_gpu=False).arguments
+    assert (arguments["revision"], arguments["tokenizer_revision"]) == ("v2", "v2")
+    assert "revision" not in plan_engine(spec_of(), EnginePolicy(), HUB, on_gpu=False).arguments
+
+
+@pytest.mark.parametrize("wish", [{"kv_cache_memory_bytes": 2**60}, {"cpu_offload_gb": 2**30}])
+def test_more_of_the_hosts_memory_than_there_is_is_refused(wish: dict[str, object]):
+    with pytest.raises(NotEnoughHostMemoryError, match=rf"spec\.model\.vllm\.{next(iter(wish))}"):
+        plan_engine(spec_of(wish), EnginePolicy(), HUB, on_gpu=False)
 
 
 @pytest.mark.parametrize(("allowed", "expected"), [(True, True), (False, False)])

@@ -66,11 +66,53 @@ def test_other_names_of_weights_will_do(model: Path, name: str):
 
 
 def test_a_hub_name_is_for_vllm_to_find(scratch: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(vllm_weights, "cached_folder", lambda _name: None)
+    monkeypatch.setattr(vllm_weights, "cached_folder", lambda *_: None)
     source = WeightsSource("org/model", None, ())
     require_usable(source, "spec.field")
     with ready_folders(source, (), {}, scratch) as folders:
         assert (folders.model, folders.tokenizer, folders.local) == ("org/model", "org/model", None)
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache with the revisions main and v2 of one model."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    for name, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        folder = cache / "models--org--model"
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / name).write_text(commit)
+        snapshot = folder / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+        (snapshot / "model.safetensors").write_text(name)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    return cache / "models--org--model" / "snapshots"
+
+
+@pytest.mark.parametrize(("revision", "commit"), [(None, "a" * 40), ("v2", "b" * 40)])
+def test_a_cached_hub_model_is_the_folder_of_its_revision(
+    hub_cache: Path, scratch: Path, revision: str | None, commit: str
+):
+    options = {"revision": revision} if revision else {}
+    with ready_folders(WeightsSource("org/model", None, ()), (), options, scratch) as folders:
+        assert folders.local == hub_cache / commit
+        assert (folders.model, folders.tokenizer) == (str(hub_cache / commit), str(hub_cache / commit))
+
+
+@pytest.mark.parametrize(
+    "content", [None, '{"weight_map": {"w": "model-00002-of-00002.safetensors"}}', '{"weight_map": 1}']
+)
+def test_what_the_cache_holds_in_part_is_fetched_by_its_name(hub_cache: Path, scratch: Path, content: str | None):
+    snapshot = hub_cache / ("a" * 40)
+    (snapshot / "model.safetensors").rename(
+        snapshot / ("kept" if content is None else "model-00001-of-00002.safetensors")
+    )
+    if content is not None:
+        (snapshot / "model.safetensors.index.json").write_text(content)
+    with ready_folders(WeightsSource("org/model", None, ()), (), {}, scratch) as folders:
+        assert (folders.model, folders.local) == ("org/model", None)
 
 
 def test_a_folder_is_used_where_it_lies(model: Path, scratch: Path):
@@ -100,7 +142,7 @@ def test_a_lone_weights_file_gets_its_bases_configuration_as_links(model: Path, 
 
 
 def test_a_base_that_is_not_there_yet_is_named(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(vllm_weights, "cached_folder", lambda _name: None)
+    monkeypatch.setattr(vllm_weights, "cached_folder", lambda *_: None)
     base = WeightsSource("org/base", None, ())
     source = WeightsSource(str(tmp_path), None, (("w.safetensors", 1, 1),), weights_file="w.safetensors", base=base)
     with (

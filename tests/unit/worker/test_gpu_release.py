@@ -38,10 +38,14 @@ def engine_gone(
     nvml: FakeNvml, *, devices: tuple[str, ...] = ("GPU-a",), pids: frozenset[int] = ENGINE
 ) -> list[dict[str, object]]:
     """What is logged at the end of an engine."""
-    release = GpuRelease(nvml)
-    release.watch(devices)
+
+    async def main() -> None:
+        release = GpuRelease(nvml)
+        release._devices = devices  # without the reading before the engine
+        await release.engine_gone("k", pids)
+
     with capture_logs() as logs:
-        asyncio.run(release.engine_gone("k", pids))
+        asyncio.run(main())
     return [dict(entry) for entry in logs]
 
 
@@ -119,7 +123,7 @@ def test_a_driver_that_hangs_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatc
 
     async def main() -> None:
         release = GpuRelease(nvml)
-        release.watch(("GPU-a",))
+        release._devices = ("GPU-a",)
         await release.engine_gone("k", ENGINE)
         answers.set()  # the thread must end before the loop can
 
@@ -138,10 +142,36 @@ def test_cancelling_ends_the_wait():
     async def main() -> None:
         nvml = ScriptedNvml([Process(FIRST, GIB)])
         release = GpuRelease(nvml)
-        release.watch(("GPU-a",))
+        release._devices = ("GPU-a",)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(release.engine_gone("k", ENGINE), 0.05)
 
     with capture_logs() as logs:
         asyncio.run(main())
     assert logs == []
+
+
+def test_memory_that_nobody_is_seen_to_hold_is_not_called_free(monkeypatch: pytest.MonkeyPatch):
+    """In a container NVML may show no process."""
+    monkeypatch.setattr(gpu_release, "_POLL_SEC", 0.001)
+    monkeypatch.setattr(gpu_release, "_MOST_SEC", 0.1)
+    card = Card("GPU-a", used=2 * GIB)
+    nvml = FakeNvml([card])
+
+    async def main() -> None:
+        release = GpuRelease(nvml)
+        await release.watch(("GPU-a",))
+        card.used = 72 * GIB
+        await release.engine_gone("k", ENGINE)
+        await release.engine_gone("next", ENGINE)
+        card.used = 2 * GIB
+        await release.engine_gone("last", ENGINE)
+
+    with capture_logs() as logs:
+        asyncio.run(main())
+    assert levels([dict(entry) for entry in logs]) == [
+        ("error", "gpu_held"),
+        ("info", "gpu_free"),
+        ("info", "gpu_free"),
+    ]
+    assert logs[0]["held"] == ["70.0 GiB on GPU 0 by processes that NVML does not show"]
