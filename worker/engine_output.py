@@ -1,6 +1,7 @@
 """What an engine process prints: kept as the task's log, as a tail for errors, and as news that it is alive.
 
-Of several tasks in one engine nobody can tell whose a line is: each gets all that is printed while it is there.
+Of several tasks in one engine nobody can tell whose a line is: each gets all that is printed while it is there, and none
+is known to live by it, unless all of them wait for the engine's load.
 """
 
 from __future__ import annotations
@@ -64,6 +65,9 @@ class EngineOutput(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.last_heard = time.monotonic()
+        """When something was last printed that tells of every task in the engine that it lives."""
+        self.about_all = True
+        """Whether each line is about all its tasks: they wait for the load."""
         self._partial = b""
         self._logs: dict[str, _TaskLog] = {}
         self._allowance = float(_FORWARD_BURST)
@@ -111,7 +115,8 @@ class EngineOutput(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio for each piece of output."""
-        self.last_heard = time.monotonic()
+        if self.about_all or len(self._logs) <= 1:
+            self.last_heard = time.monotonic()
         for task_log in self._logs.values():
             task_log.keep(data)
         lines = (self._partial + data).split(b"\n")

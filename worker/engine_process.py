@@ -67,7 +67,6 @@ class EngineProcess:
         """The task because of which it has to end, if that is the reason."""
         self._mailboxes: dict[str, TaskMailbox] = {}
         self._channel_end: ChannelEnd | None = None
-        self._loading = True
         self._process = process
         self._tag = tag
         self._oom_before = oom_kills()
@@ -114,10 +113,10 @@ class EngineProcess:
         output = EngineOutput()
         engine = cls(key, process, tag, output)
         engine._lifeline = our_lifeline
+        threading.Thread(target=engine._wait, args=(loop,), name=f"wait-{process.pid}", daemon=True).start()
         engine._pipe, _ = await loop.connect_read_pipe(lambda: output, open(read_end, "rb", buffering=0))  # noqa: ASYNC230, PTH123, SIM115 - the transport owns it
         reader, engine._writer = await asyncio.open_connection(sock=ours, limit=LONGEST_MESSAGE)
         engine._reading = asyncio.create_task(engine._read(reader))
-        threading.Thread(target=engine._wait, args=(loop,), name=f"wait-{process.pid}", daemon=True).start()
         engine._send(StartEngine(executor=executor, policy=setup.policy))
         log.info("engine started", action="engine_start", engine=key, pid=process.pid)
         return engine
@@ -156,22 +155,45 @@ class EngineProcess:
     async def stop(self, *, gently: bool = True) -> None:
         """End it: ask with SIGTERM, then kill the whole group and whatever escaped from it.
 
-        Several may want that at once: the first decides how, and all return when it is done.
+        Several may want that at once: the first decides how, and all return when it is done. One that broke may be
+        tried again.
         """
-        if self._stopping is None:
+        if self._stopping is None or (self._stopping.done() and self._stopping.exception() is not None):
             self._stopping = asyncio.create_task(self._stop(gently=gently))
         await asyncio.shield(self._stopping)
 
     async def _stop(self, *, gently: bool) -> None:
-        self.pids |= {process.pid for process in await asyncio.to_thread(tagged, self._tag)}
-        if gently and not self.ended.done():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGTERM)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self.ended), _TERM_GRACE_SEC)
-        left = await asyncio.to_thread(end_everything, self._tag, self.pid, frozenset(_waited_for))
+        left: list[int] = []
+        try:
+            self.pids |= {process.pid for process in await asyncio.to_thread(tagged, self._tag)}
+        except Exception as error:  # noqa: BLE001 - it is logged: the GPU's memory is waited for by what is known
+            log.warning("cannot look for an engine's processes", action="engine_stop", engine=self.key, error=str(error))
+        try:
+            if gently and not self.ended.done():
+                self._signal_group(signal.SIGTERM)
+                await self._wait_for_end()
+        finally:
+            self._signal_group(signal.SIGKILL)
+        try:
+            left = await asyncio.to_thread(end_everything, self._tag, self.pid, frozenset(_waited_for))
+        except Exception as error:  # noqa: BLE001 - it is logged: the group is dead, and the next start kills the rest
+            log.error("cannot look for what an engine left", action="engine_stop", engine=self.key, error=str(error))
+        await self._wait_for_end()
+        self._close()
+        status = self.ended.result() if self.ended.done() else None
+        if left:
+            log.error("processes survive SIGKILL", action="engine_stop", engine=self.key, pids=left)
+        log.info("engine stopped", action="engine_stop", engine=self.key, pid=self.pid, status=status)
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    async def _wait_for_end(self) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(self.ended), _TERM_GRACE_SEC)
+
+    def _close(self) -> None:
         self.output.drain()
         if self._reading is not None:
             self._reading.cancel()
@@ -180,16 +202,9 @@ class EngineProcess:
             self._writer.close()
         if self._pipe is not None:
             self._pipe.close()
-        os.close(self._lifeline)
-        status = self.ended.result() if self.ended.done() else None
-        if left:
-            log.error("processes survive SIGKILL", action="engine_stop", engine=self.key, pids=left)
-        log.info("engine ended", action="engine_stop", engine=self.key, pid=self.pid, status=status)
-
-    def _send(self, message: StartEngine | RunTask | CancelTask) -> None:
-        # A lost engine is seen by the reader; what is written to it then has nowhere to go.
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(message.encode())
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         end = ChannelEnd()
@@ -207,9 +222,8 @@ class EngineProcess:
         self._end_channel(end)
 
     async def _pass_on(self, message: EngineMessage) -> None:
-        self._loading = self._loading and not isinstance(message, Loaded)
-        if self._loading:  # all its tasks wait for the one load, so each word about it shows that they live
-            self.output.last_heard = time.monotonic()
+        if isinstance(message, Loaded):
+            self.output.about_all = False
         mailbox = self._mailboxes.get(message.task_id)
         if mailbox is not None:
             await mailbox.put(message)

@@ -37,6 +37,7 @@ class KnownArguments:
     block_size: int = 0
     swap_space: float = 0
     kv_cache_memory_bytes: int = 0
+    cpu_offload_gb: float = 0
 
 
 @pytest.fixture(autouse=True)
