@@ -29,6 +29,7 @@ class Backlog:
         self._most_skips = most_skips
         self._most_together = most_together
         self._numbers = itertools.count()
+        self._front_numbers = itertools.count(-1, -1)
         self._waiting: OrderedDict[int, TaskRecord] = OrderedDict()
         self._by_key: dict[str, OrderedDict[int, TaskRecord]] = {}
         self._overtakers: list[int] = []
@@ -42,6 +43,13 @@ class Backlog:
         number = next(self._numbers)
         self._waiting[number] = record
         self._by_key.setdefault(record.engine_key, OrderedDict())[number] = record
+
+    def put_back(self, record: TaskRecord) -> None:
+        """A task that was taken waits again, before all others."""
+        number = next(self._front_numbers)
+        for waiting in (self._waiting, self._by_key.setdefault(record.engine_key, OrderedDict())):
+            waiting[number] = record
+            waiting.move_to_end(number, last=False)
 
     def remove(self, task_id: str) -> TaskRecord | None:
         """A task waits no longer, without its turn; None if it does not wait."""

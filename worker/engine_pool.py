@@ -89,6 +89,8 @@ class EnginePool:
         self._slots: dict[str, _Slot] = {}
         self._changing = asyncio.Lock()
         """Held while engines start or end: the accelerator's memory is free only when the old process is gone."""
+        self._unwanted: set[asyncio.Task[None]] = set()
+        """They wait for engines whose tasks have gone."""
 
     def warm_keys(self) -> set[str]:
         """Keys of the engines that can take a task, now or after those that are in them."""
@@ -153,11 +155,29 @@ class EnginePool:
                     log.info("engine was idle", action="engine_idle", engine=key, ttl_sec=self._idle_ttl_sec)
                     await self._end(slot)
 
+    def give_back_later(self, acquiring: asyncio.Task[tuple[EngineProcess, bool]]) -> None:
+        """The task for which `acquiring` gets an engine has gone: keep the engine warm when it comes."""
+
+        async def give_back() -> None:
+            try:
+                engine, _ = await acquiring
+            except Exception as error:  # noqa: BLE001 - it is logged: nobody waits for that engine any more
+                log.warning("no engine process can be started", action="engine_start", error=str(error))
+            else:
+                await self.release(engine, keep=True)
+
+        giving_back = asyncio.create_task(give_back())
+        self._unwanted.add(giving_back)
+        giving_back.add_done_callback(self._unwanted.discard)
+
     async def close(self) -> None:
         """End all engines."""
+        for unwanted in self._unwanted:
+            unwanted.cancel()
+        await asyncio.gather(*self._unwanted, return_exceptions=True)
         slots = list(self._slots.values())
         self._slots.clear()
-        await asyncio.gather(*(slot.engine.stop() for slot in slots))
+        await asyncio.gather(*(self._stop(slot.engine) for slot in slots))
 
     async def _make_room(self, key: str, *, exclusive: bool) -> None:
         """End what must not live beside a new engine: a dead one, another exclusive one, the stalest light one."""
@@ -178,6 +198,12 @@ class EnginePool:
             slot.changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(slot.changed.wait(), _LAST_WORDS_SEC)
-        await slot.engine.stop(gently=slot.engine.alive)
+        await self._stop(slot.engine)
         self._slots.pop(slot.engine.key, None)
         await self._on_engine_gone(slot.engine.key, slot.engine.pids)
+
+    async def _stop(self, engine: EngineProcess) -> None:
+        try:
+            await engine.stop(gently=engine.alive)
+        except Exception:  # it is logged; its processes were sent SIGKILL, and the next engine must not wait for ever
+            log.exception("an engine could not be ended as it should", action="engine_stop", engine=engine.key)

@@ -114,8 +114,12 @@ class EngineProcess:
         engine = cls(key, process, tag, output)
         engine._lifeline = our_lifeline
         threading.Thread(target=engine._wait, args=(loop,), name=f"wait-{process.pid}", daemon=True).start()
-        engine._pipe, _ = await loop.connect_read_pipe(lambda: output, open(read_end, "rb", buffering=0))  # noqa: ASYNC230, PTH123, SIM115 - the transport owns it
-        reader, engine._writer = await asyncio.open_connection(sock=ours, limit=LONGEST_MESSAGE)
+        try:
+            engine._pipe, _ = await loop.connect_read_pipe(lambda: output, open(read_end, "rb", buffering=0))  # noqa: ASYNC230, PTH123, SIM115 - the transport owns it
+            reader, engine._writer = await asyncio.open_connection(sock=ours, limit=LONGEST_MESSAGE)
+        except BaseException:
+            engine._signal_group(signal.SIGKILL)  # nobody else knows of it
+            raise
         engine._reading = asyncio.create_task(engine._read(reader))
         engine._send(StartEngine(executor=executor, policy=setup.policy))
         log.info("engine started", action="engine_start", engine=key, pid=process.pid)
@@ -163,7 +167,6 @@ class EngineProcess:
         await asyncio.shield(self._stopping)
 
     async def _stop(self, *, gently: bool) -> None:
-        left: list[int] = []
         try:
             self.pids |= {process.pid for process in await asyncio.to_thread(tagged, self._tag)}
         except Exception as error:  # noqa: BLE001 - it is logged: the GPU's memory is waited for by what is known
@@ -174,6 +177,7 @@ class EngineProcess:
                 await self._wait_for_end()
         finally:
             self._signal_group(signal.SIGKILL)
+        left: list[int] = []
         try:
             left = await asyncio.to_thread(end_everything, self._tag, self.pid, frozenset(_waited_for))
         except Exception as error:  # noqa: BLE001 - it is logged: the group is dead, and the next start kills the rest
@@ -183,7 +187,7 @@ class EngineProcess:
         status = self.ended.result() if self.ended.done() else None
         if left:
             log.error("processes survive SIGKILL", action="engine_stop", engine=self.key, pids=left)
-        log.info("engine stopped", action="engine_stop", engine=self.key, pid=self.pid, status=status)
+        log.info("engine ended", action="engine_stop", engine=self.key, pid=self.pid, status=status)
 
     def _signal_group(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -205,6 +209,11 @@ class EngineProcess:
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1
+
+    def _send(self, message: StartEngine | RunTask | CancelTask) -> None:
+        # A lost engine is seen by the reader; what is written to it then has nowhere to go.
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(message.encode())
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         end = ChannelEnd()

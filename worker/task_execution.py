@@ -34,8 +34,21 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
+class Displaced:
+    """The engine had to be ended because of another task, so that this one may run again.
+
+    Attributes:
+        by: the other task.
+        failure: what to say if it may not.
+    """
+
+    by: str
+    failure: Failure
+
+
+@dataclass(frozen=True)
 class _Verdict:
-    outcome: Outcome
+    outcome: Outcome | Displaced
     keep_engine: bool
 
 
@@ -66,6 +79,7 @@ class TaskExecution:
         self._cancel_grace_sec = cancel_grace_sec
         self._on_progress = on_progress
         self._stop_cause: StopCause | None = None
+        self._stopping = asyncio.Event()
         self._mailbox: TaskMailbox | None = None
         self._force_at: float | None = None
         self._warm = False
@@ -75,13 +89,14 @@ class TaskExecution:
         """Ask the task to stop; the first cause counts. Returns at once."""
         if self._stop_cause is None:
             self._stop_cause = cause
+            self._stopping.set()
             self._force_at = time.monotonic() + (self._cancel_grace_sec if grace_sec is None else grace_sec)
             if self._fetching is not None:
                 self._fetching.cancel()
             if self._mailbox is not None:
                 self._mailbox.nudge()
 
-    async def run(self) -> Outcome:
+    async def run(self) -> Outcome | Displaced:
         """Run to the end, whatever that is."""
         if (stopped := self._stopped()) is not None:
             return stopped
@@ -89,23 +104,53 @@ class TaskExecution:
         order = await self._order()
         if isinstance(order, Failure):
             return order
-        prepared = self._prepared
         try:
-            engine, warm = await self._pool.acquire(
+            engine = await self._engine(began)
+        except OSError as error:  # no process, no descriptor, no memory to fork
+            return Failure(reason="engine_crash", message=f"no engine process can be started: {error}", retryable=True)
+        if isinstance(engine, Failure):
+            return engine
+        outcome = await self._run_in(engine, order, began)
+        if isinstance(outcome, Displaced):  # it may have been stopped while the engine was being ended
+            return self._stopped() or outcome
+        return outcome
+
+    async def _engine(self, began: float) -> EngineProcess | Failure:
+        """An engine for the task, unless it has to stop before there is one.
+
+        Raises:
+            OSError: no process can be started.
+        """
+        prepared = self._prepared
+        acquiring = asyncio.create_task(
+            self._pool.acquire(
                 prepared.engine_key,
                 prepared.entry.target,
                 exclusive=prepared.exclusive,
                 concurrent=prepared.concurrent,
             )
-        except OSError as error:  # no process, no descriptor, no memory to fork
-            return Failure(reason="engine_crash", message=f"no engine process can be started: {error}", retryable=True)
-        if (stopped := self._stopped()) is not None:  # while the engine was waited for; others may be in it by now
-            await self._pool.release(engine, keep=True)
-            return stopped
-        self._warm = warm
+        )
+        stopping = asyncio.create_task(self._stopping.wait())
+        limit = max(began + prepared.timeout_sec - time.monotonic(), 0.0) if prepared.timeout_sec else None
+        taken = False
+        try:
+            await asyncio.wait({acquiring, stopping}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if not acquiring.done():
+                self.stop("timeout")  # if it was not stopped before
+            if (stopped := self._stopped()) is not None:
+                return stopped
+            taken = True
+            engine, self._warm = acquiring.result()
+        finally:
+            stopping.cancel()
+            if not taken:
+                self._pool.give_back_later(acquiring)
+        return engine
+
+    async def _run_in(self, engine: EngineProcess, order: RunTask, began: float) -> Outcome | Displaced:
         keep = False
         try:
-            engine.output.attach(self._task_id, prepared.folder.path / LOGS / ENGINE_LOG)
+            engine.output.attach(self._task_id, self._prepared.folder.path / LOGS / ENGINE_LOG)
             self._mailbox = engine.run(order)
             verdict = await self._follow(engine, self._mailbox, began)
             keep = verdict.keep_engine
@@ -221,7 +266,7 @@ class TaskExecution:
         if engine.spoiled_by:
             await engine.stop()
             facts = EngineEnd("spoiled", detail=engine.spoiled_by, log_tail=engine.output.tail(self._task_id))
-            return _Verdict(failure_of(facts), keep_engine=False)
+            return _Verdict(Displaced(engine.spoiled_by, failure_of(facts)), keep_engine=False)
         cause: Cause = "garbage" if end.garbage else "gone"
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(engine.ended), _END_STATUS_WAIT_SEC)

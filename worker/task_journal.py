@@ -70,6 +70,11 @@ class TaskJournal:
         query = "UPDATE tasks SET starts = starts + 1 WHERE task_id = ?"
         self._put_later(_Job(lambda db: db.execute(query, (task_id,)), None))
 
+    def take_back_start(self, task_id: str) -> None:
+        """Do not count the last start: the run was given up, and not because of this task or of the daemon's end."""
+        query = "UPDATE tasks SET starts = MAX(starts - 1, 0) WHERE task_id = ?"
+        self._put_later(_Job(lambda db: db.execute(query, (task_id,)), None))
+
     async def end(self, ends: list[tuple[OwedEvent, State]], deliveries: list[StoredDelivery]) -> list[int]:
         """Record how tasks ended, and that their final events are owed; or that their results are to be delivered.
 

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
+from executors.child_messages import RunTask
 from executors.contract import Failure, JsonObject, TaskOutput
 from orchestrator_client.messages import TaskEvent, now_iso
 from worker.results_folder import RESULT_FILE
@@ -14,7 +15,7 @@ from worker.task_preparation import Folder, PreparedTask
 State = Literal["QUEUED", "RUNNING", "SUCCEEDED", "FAILED"]
 _MOVES: dict[State, tuple[State, ...]] = {
     "QUEUED": ("RUNNING", "SUCCEEDED", "FAILED"),
-    "RUNNING": ("SUCCEEDED", "FAILED"),
+    "RUNNING": ("QUEUED", "SUCCEEDED", "FAILED"),
     "SUCCEEDED": (),
     "FAILED": (),
 }
@@ -60,6 +61,8 @@ class TaskRecord:
         experiment_id: of a tuning manager's task; None for all others.
         engine_key: which engine it needs.
         concurrent: whether that engine runs several tasks at once.
+        order: what the engine gets, with its inputs, once these are here.
+        put_backs: how often its run was given up because of another task, and it waited again.
         keeps_result: whether its folder holds an earlier result that was not delivered, which its end must not replace.
     """
 
@@ -74,6 +77,8 @@ class TaskRecord:
     engine_key: str = ""
     concurrent: bool = False
     keeps_result: bool = False
+    order: RunTask | None = None
+    put_backs: int = 0
     state: State = "QUEUED"
     accepted_iso: str = field(default_factory=now_iso)
     started_iso: str = ""
@@ -86,6 +91,12 @@ class TaskRecord:
         self._move("RUNNING")
         self.started = time.monotonic()
         self.started_iso = now_iso()
+
+    def put_back(self) -> None:
+        """The run was given up, and not because of this task: it waits again."""
+        self._move("QUEUED")
+        self.put_backs += 1
+        self.started, self.started_iso = None, ""
 
     def finish(self, outcome: Outcome) -> None:
         """The run is over, or never was."""
@@ -118,7 +129,13 @@ class TaskRecord:
 
     def started_fields(self) -> dict[str, str]:
         """What changes in the hash when it begins."""
-        return {"status": self.state, "started_at": self.started_iso}
+        fields = {"status": self.state, "started_at": self.started_iso}
+        return fields | ({"progress_message": ""} if self.put_backs else {})
+
+    def put_back_fields(self, why: str) -> dict[str, str]:
+        """What changes in the hash when it waits again."""
+        nothing_done = {"started_at": "", "progress_done": "", "progress_total": "", "progress_unit": ""}
+        return {"status": self.state, "progress_message": why, **nothing_done}
 
     def started_event(self, worker_id: str) -> TaskEvent:
         """TASK_STARTED (WIRE 2.2)."""

@@ -13,7 +13,7 @@ from typing import Final
 
 import structlog
 
-from executors.child_messages import Progress
+from executors.child_messages import Progress, RunTask
 from executors.contract import Failure
 from orchestrator_client.messages import decode_envelope, decode_head
 from worker.backlog import Backlog
@@ -27,13 +27,15 @@ from worker.running_tasks import RunningTasks
 from worker.settings import Settings
 from worker.task_delivery import TaskDelivery
 from worker.task_ending import TaskEnding
-from worker.task_execution import TaskExecution
+from worker.task_execution import Displaced, TaskExecution
 from worker.task_inputs import InputProgress, TaskInputs
 from worker.task_journal import JournalError, TaskJournal
 from worker.task_preparation import Folder, PreparedTask, RejectedError, TaskPreparation
 from worker.task_record import Outcome, TaskRecord
 from worker.worker_presence import WorkerPresence
 
+_MOST_PUT_BACKS: Final = 2
+"""How often a task runs again because its engine was ended for another one's sake."""
 _MOST_UNWRITTEN_ENDS: Final = 64
 """Ended tasks whose results may be on their way to disk while the next task runs."""
 
@@ -165,6 +167,10 @@ class TaskRunner:
             prepared = record.prepared = record.prepared or await self._prepare_again(record)
             _make_folders(prepared)
             outcome = await self._execute(record, prepared)
+            if isinstance(outcome, Displaced):
+                if self._put_back(record, outcome):
+                    return
+                outcome = failure_of(EngineEnd("worker_shutdown")) if self._draining else outcome.failure
             await self._unwritten.acquire()
             self._end_soon(record, outcome, prepared.folder, prepared, slot=True)
         except RejectedError as error:
@@ -181,20 +187,33 @@ class TaskRunner:
             self._running.remove(record)
             self._changed.set()
 
-    async def _execute(self, record: TaskRecord, prepared: PreparedTask) -> Outcome:
+    def _put_back(self, record: TaskRecord, displaced: Displaced) -> bool:
+        """Let a task wait again whose engine was ended because of another one; False if it has to end."""
+        if self._draining or record.put_backs >= _MOST_PUT_BACKS:
+            return False
+        why = f"waits again: its engine was ended because of task {displaced.by}, which ran in it at the same time"
+        self._parts.journal.take_back_start(record.task_id)
+        record.put_back()
+        self._parts.publisher.task_fields(record.task_id, record.put_back_fields(why))
+        self._backlog.put_back(record)
+        log.warning("the task runs again", action="task_put_back", task_id=record.task_id, by=displaced.by)
+        return True
+
+    async def _execute(self, record: TaskRecord, prepared: PreparedTask) -> Outcome | Displaced:
         execution = TaskExecution(
             prepared,
             self._parts.pool,
             self._parts.settings.worker_cancel_grace_sec,
             lambda progress: self._parts.news.tell(record.kind, progress),
-            lambda: self._parts.inputs.fetch(prepared, lambda progress: self._fetching(record, progress)),
+            lambda: self._order(record, prepared),
         )
         self._running.begin(record, execution)
         self._parts.journal.note_start(record.task_id)
         record.begin()
         self._parts.presence.set_running(record.task_id)
         self._parts.publisher.task_started(record.started_event(self._parts.worker_id), record.started_fields())
-        self._parts.presence.job_started(record.task_id)
+        if not record.put_backs:
+            self._parts.presence.job_started(record.task_id)
         log.info("task started", action="task_start", task_id=record.task_id, task_type=record.kind)
         if self._draining:
             execution.stop("worker_shutdown", grace_sec=0.0)
@@ -207,6 +226,12 @@ class TaskRunner:
             return broken(error)
         finally:
             self._parts.news.forget(record.task_id)
+
+    async def _order(self, record: TaskRecord, prepared: PreparedTask) -> RunTask:
+        """What the engine gets, with its inputs; a task that runs again has them still."""
+        if record.order is None:
+            record.order = await self._parts.inputs.fetch(prepared, lambda progress: self._fetching(record, progress))
+        return record.order
 
     async def _prepare_again(self, record: TaskRecord) -> PreparedTask:
         """Large tasks are not kept in memory while they wait."""
@@ -259,7 +284,7 @@ class TaskRunner:
     def _fetch_ahead(self) -> None:
         """Fetch the inputs of the task that comes next while others run."""
         following = self._backlog.peek({self._running.engine_key}) if self._running else None
-        if following is not None and following.prepared is not None:
+        if following is not None and following.prepared is not None and following.order is None:
             self._parts.inputs.prefetch(following.prepared)
 
     def _fetching(self, record: TaskRecord, progress: InputProgress) -> None:
