@@ -15,7 +15,8 @@ class Pace:
 
     Args:
         total: prompts in the run.
-        report: gets a call after each batch, and about every two seconds in between.
+        report: gets a call after each batch, and about every two seconds in between. Nothing is reported twice, because
+            each report is taken for a sign of life.
     """
 
     def __init__(self, total: int, report: RunReport) -> None:
@@ -25,6 +26,7 @@ class Pace:
         self._done_before = 0
         self._items = 0
         self._tokens = 0
+        self._reported: tuple[int, int] | None = None
         self._lock = threading.Lock()
 
     def skip(self, items: int) -> None:
@@ -33,6 +35,8 @@ class Pace:
 
     def add(self, *, items: int = 0, tokens: int = 0) -> None:
         """Count finished prompts and generated tokens."""
+        if not (items or tokens):
+            return
         with self._lock:
             self._items += items
             self._tokens += tokens
@@ -41,14 +45,19 @@ class Pace:
             self.tell()
 
     def tell(self) -> None:
-        """Report now."""
-        self._told = time.monotonic()
+        """Report now, unless nothing has changed since the last report."""
+        with self._lock:
+            items, tokens = counted = (self._items, self._tokens)
+            if counted == self._reported:
+                return
+            self._reported = counted
+            self._told = time.monotonic()
         elapsed = max(self.elapsed_sec, 1e-6)
-        metrics = {"tokens": float(self._tokens), "tokens_per_sec": self._tokens / elapsed}
-        left = self._total - self._done_before - self._items
-        if self._items and left:
-            metrics["eta_sec"] = round(elapsed * left / self._items, 1)
-        self._report.progress(self._done_before + self._items, self._total, metrics=metrics)
+        metrics = {"tokens": float(tokens), "tokens_per_sec": tokens / elapsed}
+        left = self._total - self._done_before - items
+        if items and left:
+            metrics["eta_sec"] = round(elapsed * left / items, 1)
+        self._report.progress(self._done_before + items, self._total, metrics=metrics)
 
     @property
     def elapsed_sec(self) -> float:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pydantic import JsonValue
+
 from executors.contract import Artifact, ChildOutput, ExecutorTask, Failure, JsonObject, MergedChild, TaskOutput
 from executors.errors import BadDataError, BadSpecError, ExecutorError, TaskCancelledError
 from executors.generation_pace import Pace
@@ -19,9 +21,13 @@ from executors.inference_spec import InferenceSpec
 from executors.jsonl_export import write_export
 from executors.partial_results import PartialResults
 from executors.prompt_rendering import PromptRenderer, RenderedPrompt, RenderedSet
+from executors.secret_masking import without_secrets
 
 Task = ExecutorTask[InferenceSpec]
+_LONGEST_SHOWN = 200
 _UNSENT = {"resume"}
+_OWN = {"resume", "system_prompt", "chat"}
+"""What a merged child may have of its own in `inference`."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +102,13 @@ def run_generation(task: Task, engine: TextEngine, warnings: Sequence[str] = ())
         TaskCancelledError: the daemon asked to stop.
     """
     told = list(warnings)
-    owners = [_Owner(task, engine.renderer.render_all(task.spec, task.policy, task.out_dir))]
+    owners = [_Owner(task, engine.renderer.render_all(task.spec, task.policy, task.out_dir, task.report))]
     told += owners[0].rendered.warnings
     outputs: dict[str, ChildOutput] = {}
     for child in task.children:
         try:
-            _require_same_weights(child.spec, task.spec)
-            owner = _Owner(child, engine.renderer.render_all(child.spec, task.policy, child.out_dir))
+            _require_same_settings(child.spec, task.spec)
+            owner = _Owner(child, engine.renderer.render_all(child.spec, task.policy, child.out_dir, task.report))
         except TaskCancelledError:
             raise
         except ExecutorError as error:
@@ -143,8 +149,8 @@ def _generate(task: Task, engine: TextEngine, owners: Sequence[_Owner], warnings
         for place, (index, item) in enumerate(prompts):
             if item.problem:
                 samples[place] = item.problem
-            elif (stored := partial.finished(_key(place, item))) is not None:
-                samples[place] = _read_back(stored)
+            elif finished := _read_back(partial.finished(_key(place, item))):
+                samples[place] = finished
             else:
                 seed = None if options.seed is None else (options.seed + index) % 2**32
                 limit = engine.renderer.new_tokens(item, options.token_limit)
@@ -155,7 +161,8 @@ def _generate(task: Task, engine: TextEngine, owners: Sequence[_Owner], warnings
 
         def deliver(row: PromptRow, outcome: tuple[Sample, ...] | str) -> None:
             samples[row.place] = outcome
-            partial.add(_key(row.place, prompts[row.place][1]), _stored(outcome))
+            if not isinstance(outcome, str):  # what has failed is tried again
+                partial.add(_key(row.place, prompts[row.place][1]), _stored(outcome))
 
         task.report.raise_if_cancelled()
         if rows:
@@ -193,8 +200,9 @@ def _export(owner: _Owner, result: JsonObject) -> tuple[Artifact, ...]:
 
 def _identity(task: Task, engine: TextEngine) -> str:
     """Digest of all that decides the outputs, but for the prompts."""
-    options = task.spec.inference.model_dump(mode="json", exclude=_UNSENT)
-    return hashlib.sha256(json.dumps([engine.identity, options], sort_keys=True).encode()).hexdigest()
+    load = task.spec.checkpoint.load
+    decisive = [engine.identity, _settings(task.spec, _UNSENT), load and load.identity]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def _key(place: int, prompt: RenderedPrompt) -> str:
@@ -202,31 +210,55 @@ def _key(place: int, prompt: RenderedPrompt) -> str:
     return f"{place}-{digest[:16]}"
 
 
-def _stored(outcome: tuple[Sample, ...] | str) -> JsonObject:
-    if isinstance(outcome, str):
-        return {"error": outcome}
+def _stored(outcome: tuple[Sample, ...]) -> JsonObject:
     return {"samples": [sample.model_dump(mode="json") for sample in outcome]}
 
 
-def _read_back(stored: JsonObject) -> tuple[Sample, ...] | str:
-    error, samples = stored.get("error"), stored.get("samples")
-    if isinstance(error, str):
-        return error
-    return tuple(Sample.model_validate(sample) for sample in samples) if isinstance(samples, list) else ""
+def _read_back(stored: JsonObject | None) -> tuple[Sample, ...]:
+    samples = stored.get("samples") if stored else None
+    return tuple(Sample.model_validate(sample) for sample in samples) if isinstance(samples, list) else ()
 
 
-def _require_same_weights(child: InferenceSpec, parent: InferenceSpec) -> None:
-    """Merged tasks run on one loaded model; a child that means other weights must not get an answer from these."""
+def _settings(spec: InferenceSpec, without: set[str]) -> JsonObject:
+    """The sections `model` and `inference` as JSON, without some keys of the latter, and without what only fetches."""
+    access = {"adapters": {"__all__": {"headers", "timeout_sec"}}}
+    return {
+        "model": spec.model.model_dump(mode="json", by_alias=True, exclude=access),
+        "inference": spec.inference.model_dump(mode="json", by_alias=True, exclude=without),
+    }
+
+
+def _require_same_settings(child: InferenceSpec, parent: InferenceSpec) -> None:
+    """Merged tasks run together (WIRE 3): one that means another model, or other options, must not get this one's."""
     asked, loaded = child.checkpoint.load, parent.checkpoint.load
-    for key, differs in (
-        ("checkpoint.load", (asked and asked.identity) != (loaded and loaded.identity)),
-        ("model.adapters", child.model.adapters != parent.model.adapters),
-    ):
-        if differs:
-            raise BadSpecError(
-                f"spec.{key} of this merged task differs from that of the task it was merged into",
-                hint="Send it as a task of its own.",
-            )
+    if (asked and asked.identity) != (loaded and loaded.identity):
+        problem = "spec.checkpoint.load of this merged task differs from that"
+    elif found := _first_difference(_settings(child, _OWN), _settings(parent, _OWN), "spec"):
+        key, own, other = found
+        problem = f"{key} of this merged task is {own}, but {other} in that"
+    else:
+        return
+    raise BadSpecError(f"{problem} of the task it was merged into", hint="Send it as a task of its own.")
+
+
+def _first_difference(
+    one: JsonValue, other: JsonValue, path: str, *, secret: bool = False
+) -> tuple[str, str, str] | None:
+    """The first key in which two values differ, and what each has there, fit to be shown; None if they are equal."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in one | other:
+            hidden = secret or without_secrets({key: ""}) != {key: ""}
+            if found := _first_difference(one.get(key), other.get(key), f"{path}.{key}", secret=hidden):
+                return found
+        return None
+    if one == other:
+        return None
+    return path, _brief(one, secret=secret), _brief(other, secret=secret)
+
+
+def _brief(value: JsonValue, *, secret: bool) -> str:
+    text = "***" if secret else json.dumps(without_secrets(value), ensure_ascii=False)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def _failure(error: ExecutorError) -> Failure:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from executors.contract import EnginePolicy
+from executors.contract import EnginePolicy, RunReport
 from executors.errors import BadDataError, BadSpecError
 from executors.inference_spec import InferenceSpec
 from executors.prompt_data import Prompt, message_json, read_prompts
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
+
+_PROGRESS_EVERY_SEC: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -49,24 +52,37 @@ class PromptRenderer:
         self.end_ids = end_ids
         self.context_tokens = context_tokens
 
-    def render_all(self, spec: InferenceSpec, policy: EnginePolicy, scratch: Path) -> RenderedSet:
+    def render_all(self, spec: InferenceSpec, policy: EnginePolicy, scratch: Path, report: RunReport) -> RenderedSet:
         """Read, render and tokenise the prompts of one spec.
+
+        Args:
+            spec: the spec of a task, or of a merged child.
+            policy: see `read_prompts`.
+            scratch: see `read_prompts`.
+            report: hears about every two seconds how far this is.
 
         Raises:
             BadSpecError: a conversation for a model without a chat template; see `read_prompts` for more.
             BadDataError: no data, or no prompt that can run.
+            TaskCancelledError: the daemon asked to stop.
         """
+        report.raise_if_cancelled()
         found = read_prompts(spec, policy, scratch)
         system = spec.inference.system_prompt if found.with_system_prompt else ""
-        items = tuple(
-            self._render(prompt, system, index, in_chat=spec.inference.chat or bool(prompt.messages))
-            for index, prompt in enumerate(found.prompts)
-        )
+        items: list[RenderedPrompt] = []
+        told = time.monotonic()
+        for index, prompt in enumerate(found.prompts):
+            report.raise_if_cancelled()
+            if time.monotonic() - told >= _PROGRESS_EVERY_SEC:
+                told = time.monotonic()
+                report.progress(0, len(found.prompts), message=f"preparing prompts: {index} done")
+            in_chat = spec.inference.chat or bool(prompt.messages)
+            items.append(self._render(prompt, system, index, in_chat=in_chat))
         if all(item.problem for item in items):
             raise BadDataError(f"none of the {len(items)} prompts can run; the first: {items[0].problem}")
         failed = sum(bool(item.problem) for item in items)
         warning = f"{failed} of {len(items)} prompts could not run; their items hold an 'error'"
-        return RenderedSet(items, (*found.warnings, *([warning] if failed else [])))
+        return RenderedSet(tuple(items), (*found.warnings, *([warning] if failed else [])))
 
     def new_tokens(self, prompt: RenderedPrompt, wanted: int) -> int:
         """How many tokens a prompt may add."""
@@ -92,6 +108,10 @@ class PromptRenderer:
             return RenderedPrompt(prompt, "", (), prompt.problem)
         raw = f"{system}\n{prompt.text}" if system else prompt.text
         text = self._chat_text(prompt, system, index) if in_chat else raw
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # no tokenizer takes it, and no result could hold it
+            raise BadDataError(f"prompt {index} holds half a character (a lone surrogate): {error}") from error
         ids = self._token_ids(text, special=not in_chat)
         return RenderedPrompt(prompt, text, ids, self._length_problem(ids))
 
@@ -105,13 +125,13 @@ class PromptRenderer:
         messages = messages or [{"role": "user", "content": prompt.text}]
         if system and not any(message["role"] == "system" for message in messages):
             messages.insert(0, {"role": "system", "content": system})
-        from jinja2 import TemplateError  # noqa: PLC0415 - comes with the extra, not with the daemon
-
         try:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program, which may raise anything: this prompt is not for it
             raise BadDataError(
-                f"prompt {index} does not fit the model's chat template: {error}",
+                f"prompt {index} does not fit the model's chat template: {type(error).__name__}: {error}",
                 hint="Many templates want user and assistant in turns, and some know no system message.",
             ) from error
         return text

@@ -76,7 +76,7 @@ def is_processor_build() -> bool:
 
 @cache
 def output_tail() -> OutputTail:
-    """What vLLM's processes print; from the first call on."""
+    """What vLLM's own processes print."""
     return OutputTail()
 
 
@@ -121,7 +121,8 @@ def _start(plan: EnginePlan, policy: EnginePolicy, what: str) -> tuple[VllmLink,
         plan = left.pop(0)
         output_tail().clear()
         try:
-            return VllmLink(plan.arguments), plan
+            with output_tail().watching():
+                return VllmLink(plan.arguments), plan
         except Exception as error:
             cause = output_tail().cause() or f"{type(error).__name__}: {error}"
             if not means_no_memory(cause):

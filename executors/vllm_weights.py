@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from executors.errors import BadSpecError, ModelLoadError
-from executors.lora_adapters import Adapter
+from executors.lora_adapters import Adapter, check_base
 from executors.lora_merging import write_merged_model
-from executors.safetensors_headers import read_json_object
+from executors.safetensors_headers import read_headers, read_json_object
 from executors.weights_source import WeightsSource
 
 _MERGED: Final = "_merged_vllm_model"
@@ -73,7 +73,8 @@ def ready_folders(
         scratch: the task's folder.
 
     Raises:
-        BadSpecError, ModelLoadError: parts that do not belong together, too little room on the disk.
+        BadSpecError: an adapter of another model.
+        ModelLoadError: parts that do not belong together, damaged files.
     """
     base = source.base or source
     made: list[Path] = []
@@ -90,6 +91,9 @@ def ready_folders(
             _assemble(source, local_base, assembled)
             folders = ModelFolders(str(assembled), folders.tokenizer, assembled)
         if merged:
+            tensors = read_headers(folders.local) if folders.local is not None else {}
+            for adapter in merged:
+                check_base(adapter, tensors, base.location)
             target = scratch / _MERGED
             made.append(target)
             shutil.rmtree(target, ignore_errors=True)

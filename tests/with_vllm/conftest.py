@@ -103,8 +103,10 @@ def tasks(smollm: Path, adapters: Adapters, tmp_path: Path) -> TaskMaker:
 
 
 def _lives(process: psutil.Process) -> bool:
-    """Whether it runs; Python's own helper for shared memory stays as long as this process."""
+    """Whether it runs; the helpers for shared memory and for output stay as long as this process."""
     try:
-        return process.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(process.cmdline())
+        command = " ".join(process.cmdline())
+        helper = "resource_tracker" in command or "executors.output_tail" in command
+        return process.status() != psutil.STATUS_ZOMBIE and not helper
     except psutil.NoSuchProcess:
         return False

@@ -92,7 +92,7 @@ def test_an_adapter_of_another_model(refused: Callable[..., ExecutorError], tiny
     shutil.copytree(tiny, other)
     (other / "model.safetensors").unlink()
     make_wider(other)
-    error = refused(other, adapters=[adapter(folder, name="a")])
+    error = refused(other, adapters=[adapter(folder, name="a", apply="merge")])
     assert isinstance(error, BadSpecError)
     assert "'a' does not belong to the model" in error.message
 

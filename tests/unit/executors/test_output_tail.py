@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
+import psutil
 import pytest
+from waiting_until import wait_until
 
 from executors.output_tail import error_in, means_no_memory
 
 _PREAMBLE = """
-import os, subprocess, sys, time
+import ctypes, faulthandler, os, subprocess, sys
 from executors.output_tail import OutputTail
+faulthandler.enable()
 tail = OutputTail()
-def until(look):
-    deadline = time.monotonic() + 20
-    while not look():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def start(script):
+    with tail.watching():
+        return subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE)
+def prints(text):
+    start(f"import os; os.write(2, {text!r})").communicate()
 """
 
 
@@ -56,6 +60,11 @@ def test_the_exception_at_the_end_of_a_line(line: str, expected: str):
         ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", True),
         ("RuntimeError: CUDA error: out of memory", True),
         ("ValueError: Free memory on device is less than desired GPU memory utilization", True),
+        ("ValueError: No available memory for the cache blocks. Try increasing it", True),
+        ("ValueError: To serve at least one request with the model's max seq len (9), (2 GiB KV cache is needed", True),
+        ("ValueError: 2 GiB is needed, which is larger than the available KV cache memory (1 GiB)", True),
+        ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to", True),
+        ("ValueError: Available memory on node 0 (1/2 GiB) on startup is less than desired", True),
         ("ValueError: block_size must be 32", False),
     ],
 )
@@ -63,28 +72,31 @@ def test_which_causes_mean_too_little_memory(cause: str, expected: bool):  # noq
     assert means_no_memory(cause) is expected
 
 
-def test_output_of_this_process_and_of_a_child_is_passed_on_and_remembered():
+def test_what_a_child_prints_is_passed_on_in_order_and_remembered():
     done = run(
         """
 print("from here", flush=True)
+child = start("print('to stdout', flush=True); input(); raise KeyError('of the child')")
+child.communicate(b"go on\\n")
+assert tail.cause() == "KeyError: 'of the child'"
 print("ValueError: mine", file=sys.stderr, flush=True)
-until(lambda: tail.cause() == "ValueError: mine")
-subprocess.run([sys.executable, "-c", "print('KeyError: of the child')"], check=True)
-until(lambda: tail.cause() == "KeyError: of the child")
+assert tail.cause() == "KeyError: 'of the child'", "only children count"
 """
     )
     assert done.returncode == 0, done.stderr
-    # Descriptor 2 took what was printed to either.
-    assert done.stderr.splitlines() == ["from here", "ValueError: mine", "KeyError: of the child"]
+    assert done.stdout == "from here\n", "this process's own descriptors stay what they are"
+    lines = done.stderr.splitlines()
+    assert lines[0] == "to stdout", "whatever children print comes out at descriptor 2"
+    assert lines[-2:] == ["KeyError: 'of the child'", "ValueError: mine"]
 
 
 def test_the_first_cause_wins_over_what_follows_from_it():
     done = run(
-        """
-os.write(2, b"RuntimeError: the cause\\nRuntimeError: Engine core initialization failed. See above.\\n")
-until(lambda: tail.cause())
-os.write(1, b"torch.OutOfMemoryError: out of memory\\nValueError: later\\n")
-until(lambda: tail.cause() == "OutOfMemoryError: out of memory")
+        r"""
+prints(b"RuntimeError: the cause\nRuntimeError: Engine core initialization failed. See above.\n")
+assert tail.cause() == "RuntimeError: the cause"
+prints(b"torch.OutOfMemoryError: out of memory\nValueError: later\n")
+assert tail.cause() == "OutOfMemoryError: out of memory"
 tail.clear()
 assert tail.cause() == ""
 """
@@ -95,14 +107,63 @@ assert tail.cause() == ""
 def test_lines_are_put_together_and_broken_bytes_and_long_lines_do_no_harm():
     done = run(
         r"""
-os.write(2, b"Value")
-os.write(2, b"Error: in two parts\n")
-until(lambda: tail.cause() == "ValueError: in two parts")
-os.write(2, b"\xff" + b"x" * 1_000_000 + b"\nKeyError: \xff behind it\n")
-until(lambda: tail.cause() == "KeyError: \ufffd behind it")
-for number in range(1000):
-    os.write(2, b"a line without an error\n")
-until(lambda: tail.cause() == "")
+prints(b"Value")
+assert tail.cause() == ""
+prints(b"Error: in two parts")
+assert tail.cause() == "ValueError: in two parts", "also without its newline"
+prints(b"\n\xff" + b"x" * 100_000 + b"\nKeyError: \xff behind it\n")
+assert tail.cause() == "KeyError: \ufffd behind it"
+prints(b"a line without an error\n" * 1000)
+assert tail.cause() == ""
+"""
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("place", ["at once", "inside watching", "with a child"])
+def test_the_last_words_of_a_crash_are_not_lost(place: str):
+    child = "start('input()')" if place == "with a child" else ""
+    around = "tail.watching()" if place == "inside watching" else "open(os.devnull)"
+    crash = f"{child}\nwith {around}:\n    print('before it', flush=True)\n    ctypes.string_at(0)"
+    done = subprocess.run(
+        [sys.executable, "-c", _PREAMBLE + crash],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert re.search(r"\Abefore it\nFatal Python error: Segmentation fault\n", done.stdout)
+    assert "string_at" in done.stdout
+
+
+def test_nobody_waits_when_nobody_reads_any_more():
+    script = """
+child = start("import sys; input(); print('x' * 1_000_000, flush=True); sys.exit(7)")
+sys.stdin.readline()
+child.communicate(b"go on\\n")
+os._exit(child.returncode)
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", _PREAMBLE + script], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with parent:
+        assert parent.stderr is not None
+        parent.stderr.close()
+        parent.communicate("go on\n", timeout=60)
+    assert parent.returncode == 7
+
+
+def test_without_the_process_that_copies_nobody_waits_either():
+    done = run(
+        """
+child = start("import sys; input(); print('x' * 1_000_000, flush=True)")
+tail._tee.kill()
+tail._tee.wait()
+child.communicate(b"go on\\n")
+assert child.returncode == 1, "its pipe is broken"
+assert tail.cause() == ""
+tail.clear()
 """
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -110,25 +171,28 @@ until(lambda: tail.cause() == "")
 
 def test_a_child_that_stays_behind_does_not_hold_what_the_reader_reads():
     """Whoever reads this process's output must see its end, also while a child of it still runs."""
+    script = """
+child = start("input()")
+print(child.pid, tail._tee.pid, file=sys.stderr, flush=True)
+input()
+os._exit(0)
+"""
     parent = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            _PREAMBLE
-            + "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)\n"
-            + "print(child.pid, flush=True)\n"
-            + "input()\n"
-            + "os._exit(0)\n",
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", _PREAMBLE + script], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     with parent:
         assert parent.stdin is not None
         assert parent.stderr is not None
-        assert int(parent.stderr.readline()) > 0
+        child, tee = map(int, parent.stderr.readline().split())
         parent.stdin.write("\n")
         parent.stdin.flush()
-        assert parent.stderr.read() == ""  # comes to its end
+        parent.stderr.read()  # comes to its end
+    wait_until(lambda: has_ended(tee), "the process that copies has ended")
+    assert child != tee
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
