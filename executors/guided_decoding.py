@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
-
-from pydantic import JsonValue
 
 from executors.errors import BadSpecError, MissingLibraryError
 from executors.sampling_spec import GuidedOutput
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
 
 _FIELD: Final = "spec.inference.guided"
-_HIGHEST_COUNT: Final = 100_000
 _COMPILE_SEC: Final = 60.0
 _CACHE_BYTES: Final = 256 * 1024**2
 _THREADS: Final = 4
@@ -27,20 +24,7 @@ _LONGEST_PROBLEM: Final = 400
 _ANY_OBJECT: Final = '{"type": "object"}'
 
 _SOURCE_LINE: Final = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
-_COUNT_IN_BRACES: Final = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 _ESCAPES: Final = {ord("\\"): r"\\", ord('"'): r"\""} | {code: f"\\x{code:02x}" for code in (*range(32), 127)}
-_COUNTS: Final = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
-_NAMED_SCHEMAS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
-"""Keys whose value maps names of the sender's choice to schemas."""
-_PLAIN_VALUES: Final = frozenset({"enum", "const", "default", "examples", "required"})
-"""Keys whose value is no schema."""
-_NOT_ENFORCED: Final = frozenset(
-    {
-        "multipleOf", "uniqueItems", "contains", "minContains", "maxContains", "not", "if", "dependentRequired",
-        "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef",
-    }
-)  # fmt: skip
-"""Keys that xgrammar passes over in silence, so that an output could break them."""
 
 
 class GuideMaker:
@@ -73,10 +57,9 @@ class GuideMaker:
         """Compile what a spec asks for.
 
         Raises:
-            BadSpecError: it is no grammar, one that cannot be enforced, or one that takes too long.
+            BadSpecError: it is no grammar, or one that takes too long.
         """
         field, compiler = guided.field, self._compiler
-        check_guided(guided)
         if guided.json_schema is not None:
             return _compiled(field, compiler.compile_json_schema, json.dumps(guided.json_schema))
         if guided.json_object:
@@ -131,66 +114,6 @@ class Guide:
         xgrammar.apply_token_bitmask_inplace(scores, self._possible.to(scores.device))
         scores[:, self._vocabulary :] = float("-inf")
         return scores
-
-
-def check_guided(guided: GuidedOutput) -> None:
-    """Refuse what could make a compiler of grammars crash or take for ever, and what it would not enforce.
-
-    Raises:
-        BadSpecError: too high a count, a reference to elsewhere, or a key without an effect.
-    """
-    field = guided.field
-    if guided.json_schema is not None:
-        for place, schema in _schemas(guided.json_schema, field):
-            _check_schema(place, schema)
-    for text in filter(None, (guided.regex, guided.grammar)):
-        if "\0" in text:
-            raise BadSpecError(f"{field} holds a null character; expected text")
-        _check_counts(field, text)
-
-
-def _check_schema(place: str, schema: dict[str, JsonValue]) -> None:
-    for key, value in schema.items():
-        if key == "$ref" and not (isinstance(value, str) and (value == "#" or value.startswith("#/"))):
-            raise BadSpecError(f"{place}.$ref is {value!r:.100}; expected a place in this schema, such as '#/$defs/x'")
-        if key in _COUNTS and isinstance(value, int | float) and value > _HIGHEST_COUNT:
-            raise BadSpecError(f"{place}.{key} is {value}; expected at most {_HIGHEST_COUNT}")
-        if key == "pattern" and isinstance(value, str):
-            _check_counts(f"{place}.{key}", value)
-        if key in _NOT_ENFORCED and value is not False:
-            raise BadSpecError(
-                f"{place} has {key!r}, which cannot be enforced while a text is generated",
-                hint="Leave the key out, and check it on the output.",
-            )
-    if isinstance(several := schema.get("allOf"), list) and len(several) > 1:
-        raise BadSpecError(
-            f"{place} has 'allOf' with {len(several)} schemas, which cannot be enforced while a text is generated",
-            hint="Write them as one schema.",
-        )
-
-
-def _check_counts(field: str, pattern: str) -> None:
-    """Repetitions such as `{1,500}`."""
-    for found in _COUNT_IN_BRACES.finditer(pattern):
-        for number in filter(None, found.groups()):
-            if len(number) > len(str(_HIGHEST_COUNT)) or int(number) > _HIGHEST_COUNT:
-                raise BadSpecError(f"{field} repeats {found[0][:50]} times; expected at most {_HIGHEST_COUNT}")
-
-
-def _schemas(schema: JsonValue, place: str) -> Iterator[tuple[str, dict[str, JsonValue]]]:
-    """All schemas within one, itself included, and where they are."""
-    if isinstance(schema, list):
-        for index, item in enumerate(schema):
-            yield from _schemas(item, f"{place}[{index}]")
-    if not isinstance(schema, dict):
-        return
-    yield place, schema
-    for key, value in schema.items():
-        if key in _NAMED_SCHEMAS and isinstance(value, dict):
-            for name, named in value.items():
-                yield from _schemas(named, f"{place}.{key}.{name[:100]}")
-        elif key not in _PLAIN_VALUES:
-            yield from _schemas(value, f"{place}.{key}")
 
 
 def _choice_grammar(choices: Sequence[str]) -> str:

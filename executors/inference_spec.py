@@ -196,6 +196,6 @@ def spec_warnings(spec: InferenceSpec, policy: EnginePolicy) -> list[str]:
         warnings.append(
             "trust_remote_code has no effect: this worker runs no code of models (WORKER_ALLOW_REMOTE_CODE)"
         )
-    if spec.inference.temperature == 0 and spec.inference.do_sample:
+    if spec.inference.greedy and spec.inference.do_sample:
         warnings.append("spec.inference.do_sample has no effect: temperature 0 always takes the likeliest token")
     return warnings

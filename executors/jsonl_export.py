@@ -58,6 +58,8 @@ def _export_path(value: str) -> str:
         problem = f"is too long; expected at most {_LONGEST_PATH} bytes"
     elif parts[0] in _TAKEN_FILES or parts[-1] in _TAKEN_FILES or parts[0] == "logs" or parts == ("artifacts",):
         problem = "is a name that the worker uses itself; expected another one, for instance 'export.jsonl'"
+    elif parts[0].startswith("_"):
+        problem = "begins with '_', as folders of the worker's own do; expected another name, such as 'export.jsonl'"
     else:
         return str(PurePosixPath(value))
     raise PydanticCustomError("export_path", "{problem}", {"problem": problem})

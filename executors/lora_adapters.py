@@ -13,6 +13,7 @@ from executors.lora_files import (
     find_adapters,
     identity,
     label_of,
+    name_targets,
 )
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "find_adapters",
     "identity",
     "label_of",
+    "name_targets",
     "ready_adapter",
 ]

@@ -13,11 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from executors.errors import BadSpecError, ModelLoadError
-from executors.lora_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter, LoraModule, combined_rank, label_of
+from executors.lora_files import (
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    Adapter,
+    LoraModule,
+    check_rank,
+    combined_rank,
+    label_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_HIGHEST_RANK: Final = 512  # also the highest that vLLM can be told to allow
 _CACHE: Final = "_lora_cache"
 _FORM: Final = "1"
 """Counts the ways in which adapters have been combined; part of each digest."""
@@ -32,38 +42,42 @@ class ReadyAdapter:
         digest: equal for equal files and scales, whatever their folders and order: a name for engines to keep it under.
         rank: the rank that the engine must allow.
         label: the names of its adapters, for people.
+        named_targets: see `Adapter.named_targets`.
     """
 
     folder: Path
     digest: str
     rank: int
     label: str
+    named_targets: tuple[str, ...] = ()
 
 
-def ready_adapter(adapters: Sequence[Adapter], scratch: Path) -> ReadyAdapter | None:
+def ready_adapter(adapters: Sequence[Adapter], scratch: Path, *, max_rank: int = _HIGHEST_RANK) -> ReadyAdapter | None:
     """Make one adapter with the effect of all of them.
 
-    A single adapter with scale 1 stays where it is. Anything else is written below `scratch/_lora_cache`, whole or not
-    at all, and found there the next time. It is exact up to rounding.
+    A single adapter with scale 1 stays where it is, if its files are in order. Anything else is written below
+    `scratch/_lora_cache`, whole or not at all, and found there the next time. It is exact up to rounding.
 
     Args:
         adapters: those that act together; none gives None.
         scratch: a folder to write to.
+        max_rank: the highest rank that the engine allows.
 
     Raises:
-        BadSpecError: adapters of different base models.
+        BadSpecError: adapters of different base models, or above the limit together.
         ModelLoadError: weights that are not finite, or cannot be read.
     """
     if not adapters:
         return None
+    check_rank(adapters, max_rank)  # before anything of that size is made
     digests = {adapter.place: _digest_of(adapter) for adapter in adapters}
     # The sum does not depend on the order, so neither does its digest.
     ordered = sorted(adapters, key=lambda each: digests[each.place])
     digest = hashlib.sha256("\n".join([_FORM, *sorted(digests.values())]).encode()).hexdigest()
     rank, label = combined_rank(adapters), label_of(adapters)
     (first, *more) = ordered
-    if not more and (first.extras or (first.scale == 1 and not first.has_base_copies)):
-        return ReadyAdapter(first.folder, digest, rank, label)
+    if not more and (first.extras or (first.scale == 1 and not (first.has_base_copies or first.has_idle_ranks))):
+        return ReadyAdapter(first.folder, digest, rank, label, first.named_targets)
     folder = scratch / _CACHE / digest
     if not folder.is_dir():
         _write(folder, _config(ordered, rank), _combine(ordered, rank))

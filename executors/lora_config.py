@@ -20,6 +20,16 @@ _LONGEST_SHOWN: Final = 80
 
 _Number = TypeVar("_Number", int, float)
 
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_.-]+")
+_ALTERNATIVE: Final = r"\^?(?:\.\*\\\.)?(?:[A-Za-z0-9_.-]|\\[.-]|(?:\\d|\[0-9\])\+(?=\\\.|\||\Z))+"
+_HARMLESS_PATTERN: Final = re.compile(rf"{_ALTERNATIVE}(?:\|{_ALTERNATIVE})*")
+"""What PEFT itself writes as a pattern, and a little more. Nothing in it can be matched in many ways, so that a match
+takes little time: numbers end at a dot, and there are no groups."""
+_LONGEST_PATTERN: Final = 1000
+_MOST_PATTERNS: Final = 1000
+_MOST_NAMES: Final = 10_000
+_LONGEST_NAME: Final = 500
+
 _HARMLESS_INITS: Final = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
 """Initial values of A and B, which only matter for training. Others change the base model's weights as well."""
 
@@ -36,6 +46,7 @@ class LoraConfig(BaseModel):
     target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     base_model_name_or_path: str | None = None
     fan_in_fan_out: bool = False
     use_rslora: bool = False
@@ -84,8 +95,19 @@ class LoraConfig(BaseModel):
         return None if narrowed or not isinstance(self.target_modules, list) else tuple(self.target_modules)
 
     @property
-    def highest_rank(self) -> int:
-        """The rank that an engine must allow."""
+    def expressions(self) -> list[str]:
+        """Keys that pick the modules by a regular expression, which may never come to an end."""
+        layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        texts = {
+            "target_modules": isinstance(self.target_modules, str),
+            "exclude_modules": isinstance(self.exclude_modules, str),
+            "layers_pattern": not all(_PLAIN_NAME.fullmatch(layer) for layer in layers if layer),
+        }
+        return [key for key, value in texts.items() if value]
+
+    @property
+    def declared_rank(self) -> int:
+        """The highest rank that it names, for a module of the adapter or for none."""
         return max([self.r, *(self.rank_pattern or {}).values()])
 
     def rank_of(self, module: str) -> int:
@@ -127,8 +149,6 @@ def read_config(title: str, file: Path) -> LoraConfig:
         refuse(title, f"is no LoRA adapter: its {file.name} has the peft_type {shown(kind)}; expected 'LORA'")
     try:
         config = LoraConfig.model_validate(raw)
-        for pattern in (*(config.rank_pattern or {}), *(config.alpha_pattern or {})):
-            re.compile(rf"(.*\.)?({pattern})$")
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)[:_MOST_PROBLEMS]
         told = "; ".join(
@@ -138,9 +158,43 @@ def read_config(title: str, file: Path) -> LoraConfig:
             for problem in problems
         )
         refuse(title, f"has a wrong {file.name}: {told}")
-    except (re.error, RecursionError, OverflowError) as error:
-        refuse(title, f"has a rank_pattern or alpha_pattern that is no regular expression: {error}")
+    _check_patterns(title, config)
     return config
+
+
+def _check_patterns(title: str, config: LoraConfig) -> None:
+    """Refuse whatever PEFT or vLLM would match as a regular expression, unless it is harmless."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, key) or {}
+        if len(patterns) > _MOST_PATTERNS:
+            refuse(title, f"has {len(patterns)} patterns in {key}; expected at most {_MOST_PATTERNS}")
+        for pattern in patterns:
+            if len(pattern) > _LONGEST_PATTERN or not _HARMLESS_PATTERN.fullmatch(pattern):
+                refuse(
+                    title,
+                    f"has the pattern {shown(pattern)} in {key}; expected names of modules, in which '\\d+' may stand "
+                    "for a number and '|' between alternatives",
+                )
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "trainable_token_indices"):
+        value = getattr(config, key)
+        names = [] if isinstance(value, str) else [name for name in value or () if isinstance(name, str)]
+        if len(names) > _MOST_NAMES:
+            refuse(title, f"has {len(names)} names in {key}; expected at most {_MOST_NAMES}")
+        for name in names:
+            check_name(title, name, key)
+
+
+def check_name(title: str, name: str, place: str) -> None:
+    """Make sure that libraries can use a module's name within an expression.
+
+    Raises:
+        BadSpecError: it is too long, or holds other characters than names do.
+    """
+    if len(name) > _LONGEST_NAME or not _PLAIN_NAME.fullmatch(name):
+        refuse(
+            title,
+            f"has the name {shown(name)} in {place}; expected up to {_LONGEST_NAME} letters, digits, '_', '.', '-'",
+        )
 
 
 def shown(value: object) -> str:

@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from executors.errors import BadSpecError, ModelLoadError
 from executors.input_spec import AdapterEntry
-from executors.lora_config import LoraConfig, read_config, refuse, shown
+from executors.lora_config import LoraConfig, check_name, read_config, refuse, shown
 from executors.safetensors_headers import INDEX_NAME, TensorFacts, read_headers
 
 AdapterEngine = Literal["vllm", "transformers"]
@@ -65,7 +65,7 @@ class Adapter:
         place: where its entry stands in `model.adapters`.
         folder: holds its two files.
         scale: factor on its effect.
-        rank: the highest of its ranks.
+        rank: the highest rank of its modules.
         stamp: name, size and change time of its files.
         modules: what it changes; empty if that does not follow from the names of its tensors (`target_parameters`).
         base_model: the base model that it names; empty if it names none.
@@ -73,6 +73,8 @@ class Adapter:
         plain_targets: the names that pick its modules; None if more than names picks them.
         fan_in_fan_out: whether the base model's weights are stored as [inputs, outputs].
         has_base_copies: whether its file also holds weights of the base model, which are to be left alone.
+        has_expressions: whether its configuration picks the modules by regular expressions.
+        has_idle_ranks: whether its configuration names a higher rank than any of its modules has.
     """
 
     name: str
@@ -87,11 +89,18 @@ class Adapter:
     plain_targets: tuple[str, ...] | None
     fan_in_fan_out: bool
     has_base_copies: bool
+    has_expressions: bool = False
+    has_idle_ranks: bool = False
 
     @property
     def title(self) -> str:
         """How error texts call it."""
         return _title(self.name, self.place)
+
+    @property
+    def named_targets(self) -> tuple[str, ...]:
+        """The modules to name to PEFT, where its configuration is not to be trusted with that; else empty."""
+        return tuple(module.name for module in self.modules) if self.has_expressions or self.has_idle_ranks else ()
 
 
 @dataclass(frozen=True)
@@ -178,8 +187,15 @@ def check_rank(adapters: Sequence[Adapter], max_rank: int) -> None:
         what = f"spec.model.adapters: the adapters {each} act together and have rank {rank}"
     raise BadSpecError(
         f"{what}, above the limit of {max_rank}",
-        hint="Raise spec.model.vllm.max_lora_rank, or merge an adapter into the weights (apply: merge).",
+        hint="On vLLM, raise spec.model.vllm.max_lora_rank (at most 512), or merge an adapter (apply: merge).",
     )
+
+
+def name_targets(config: Any, modules: Sequence[str]) -> None:  # noqa: ANN401 - a peft.LoraConfig
+    """Have PEFT change these modules and no others, whatever an adapter's configuration says; if there are any."""
+    if modules:
+        config.target_modules = set(modules)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
 
 
 def label_of(adapters: Sequence[Adapter]) -> str:
@@ -220,19 +236,26 @@ def _read_adapter(entry: AdapterEntry, place: int, folder: Path, use: str) -> Ad
         for key in factors:
             if not key.startswith(PREFIX):
                 refuse(title, f"has the tensor {shown(key)}; expected names that begin with {PREFIX!r}")
+    if config.target_parameters and config.expressions:
+        key = config.expressions[0]
+        refuse(title, f"has {key} {shown(getattr(config, key))} beside target_parameters; expected a list of names")
+    modules = () if config.target_parameters else _pair_factors(title, config, factors)
+    rank = max((module.rank for module in modules), default=config.declared_rank)
     return Adapter(
         name=name,
         place=place,
         folder=folder,
         scale=entry.scale,
-        rank=config.highest_rank,
+        rank=rank,
         stamp=stamp,
-        modules=() if config.target_parameters else _pair_factors(title, config, factors),
+        modules=modules,
         base_model=config.base_model_name_or_path or "",
         extras=tuple(extras),
         plain_targets=config.plain_targets,
         fan_in_fan_out=config.fan_in_fan_out,
         has_base_copies=bool(copies),
+        has_expressions=bool(config.expressions),
+        has_idle_ranks=config.declared_rank > rank,
     )
 
 
@@ -330,6 +353,7 @@ def _pair_factors(title: str, config: LoraConfig, factors: Mapping[str, TensorFa
             halves[name][kind] = key
     modules = []
     for name, keys in halves.items():
+        check_name(title, name, WEIGHTS_FILE)
         if set(keys) != {"A", "B"}:
             refuse(title, f"is incomplete: {shown(name)} has lora_{next(iter(keys))} but not its counterpart")
         key_a, key_b = keys["A"], keys["B"]
@@ -343,6 +367,8 @@ def _pair_factors(title: str, config: LoraConfig, factors: Mapping[str, TensorFa
             )
         suffixes = tuple(key.removeprefix(PREFIX).removeprefix(name) for key in (key_a, key_b))
         scaling = config.scaling_of(name)
+        if wanted > max(shape_a[1], shape_b[0]):
+            refuse(title, f"has rank {wanted} in {shown(name)}, more than its weights have rows or columns")
         modules.append(
             LoraModule(name, (suffixes[0], suffixes[1]), (key_a, key_b), wanted, shape_a[1], shape_b[0], scaling)
         )

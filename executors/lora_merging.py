@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from executors.errors import ExecutorError, MissingLibraryError, ModelLoadError
-from executors.lora_files import Adapter, label_of
+from executors.lora_files import Adapter, label_of, name_targets
 from executors.safetensors_headers import read_headers
 
 if TYPE_CHECKING:
@@ -71,11 +71,13 @@ def _merge_one(model: PreTrainedModel, adapter: Adapter, peft: Any) -> PreTraine
 
     _untie(model, adapter)
     config = peft.LoraConfig.from_pretrained(str(adapter.folder))
+    name_targets(config, adapter.named_targets)
     config.task_type = None  # other kinds of task would get heads of their own
     config.init_lora_weights = False  # every value comes from the file
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # they are no longer tied
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match any")  # they have no effect
         wrapped = peft.PeftModel.from_pretrained(
             model, str(adapter.folder), config=config, torch_device=str(model.device)
         )

@@ -9,8 +9,10 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
+from executors.guided_limits import check_grammar, check_pattern, check_schema
 from executors.task_spec import SpecSection, as_list
 
+_COLDEST = 1e-5  # below it, scores divided by the temperature may be too large for their type
 _MOST_SAMPLES = 64
 _MOST_LOGPROBS = 20
 _MOST_CHOICES = 10_000
@@ -59,6 +61,7 @@ def _some_schema(value: JsonValue) -> JsonValue:
         raise PydanticCustomError("schema", "expected a JSON schema: an object")
     if len(json.dumps(value)) > _LONGEST_GRAMMAR:
         raise PydanticCustomError("schema_size", "is longer than 1 MiB; expected a smaller schema")
+    check_schema(value)
     return value
 
 
@@ -81,11 +84,13 @@ class GuidedOutput(SpecSection):
         default=None, validation_alias=AliasChoices("json", "json_schema", "schema")
     )
     json_object: bool = False
-    regex: str | None = Field(default=None, min_length=1, max_length=_LONGEST_GRAMMAR)
+    regex: Annotated[str, Field(min_length=1), AfterValidator(check_pattern)] | None = None
     choice: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
         default=None, min_length=1, max_length=_MOST_CHOICES
     )
-    grammar: str | None = Field(default=None, min_length=1, max_length=_LONGEST_GRAMMAR)
+    grammar: Annotated[str, Field(min_length=1, max_length=_LONGEST_GRAMMAR), AfterValidator(check_grammar)] | None = (
+        None
+    )
 
     @property
     def field(self) -> str:
@@ -119,7 +124,7 @@ class InferenceOptions(SpecSection):
     """`inference`: how to generate.
 
     Attributes:
-        temperature: 0 means greedy, and so does `do_sample: false`.
+        temperature: below 0.00001 means greedy, and so does `do_sample: false`.
         top_k: 0 and -1 mean no limit; absent: what the engine's kind has as default (WIRE 4.3).
         max_tokens: new tokens for each prompt; `max_new_tokens` wins over it.
         chat: apply the model's chat template to plain strings too.
@@ -140,7 +145,7 @@ class InferenceOptions(SpecSection):
     max_new_tokens: int | None = Field(default=None, ge=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(default=1.0, gt=0)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     do_sample: bool | None = None
     stop: Annotated[tuple[str, ...], BeforeValidator(as_list), AfterValidator(_without_empty)] = ()
     seed: int | None = Field(default=None, ge=0, lt=2**32)
@@ -184,7 +189,7 @@ class InferenceOptions(SpecSection):
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
-        return self.temperature == 0 or self.do_sample is False
+        return self.temperature < _COLDEST or self.do_sample is False
 
     @property
     def token_limit(self) -> int:

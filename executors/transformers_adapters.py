@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from executors.errors import BadSpecError, MissingLibraryError
-from executors.lora_adapters import Adapter, ReadyAdapter, check_base
+from executors.lora_adapters import Adapter, ReadyAdapter, check_base, name_targets
 from executors.safetensors_headers import TensorFacts, read_headers
 from executors.weights_source import WeightsSource
 
@@ -105,6 +105,7 @@ class RuntimeAdapters:
     def _load(self, ready: ReadyAdapter, peft: Any) -> list[str]:  # noqa: ANN401 - the module
         """Load an adapter; returns the names of its tensors that the model has no place for."""
         config = peft.LoraConfig.from_pretrained(str(ready.folder))
+        name_targets(config, ready.named_targets)
         config.inference_mode = True
         config.init_lora_weights = True  # no effect until the weights are there, and nothing is done to the model's own
         if self._wrapped is None:

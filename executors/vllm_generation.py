@@ -24,7 +24,6 @@ from executors.lora_adapters import (
     AdapterSet,
     ReadyAdapter,
     check_base,
-    check_rank,
     find_adapters,
     identity,
     ready_adapter,
@@ -174,10 +173,9 @@ class VllmGeneration(Executor[InferenceSpec]):
         """The adapter of a task, loaded into the engine."""
         for adapter in adapters.runtime:
             check_base(adapter, loaded.tensors, task.spec.model_name)
-        ready = ready_adapter(adapters.runtime, task.out_dir)
+        ready = ready_adapter(adapters.runtime, task.out_dir, max_rank=task.spec.model.vllm.max_lora_rank)
         if ready is None:
             return None, None
-        check_rank(adapters.runtime, task.spec.model.vllm.max_lora_rank)
         from vllm.lora.request import LoRARequest
 
         with self._changed:

@@ -16,6 +16,7 @@ from executors.errors import BadSpecError, ModelLoadError
 from executors.input_spec import AdapterEntry
 from executors.lora_adapters import Adapter, find_adapters, ready_adapter
 from executors.lora_merging import merge_into, write_merged_model
+from executors.transformers_adapters import RuntimeAdapters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,6 +145,58 @@ def test_one_unscaled_adapter_stays_where_it_is(adapter_dirs: dict[str, Path], t
     assert (ready.folder, ready.rank, ready.label) == (adapter_dirs["patterns"], 6, "patterns_0")
     assert not names_below(tmp_path)
     assert ready_adapter([], tmp_path) is None
+
+
+def reconfigured(folder: Path, to: Path, **keys: object) -> Path:
+    shutil.copytree(folder, to)
+    (to / CONFIG).write_text(json.dumps({**json.loads((to / CONFIG).read_text()), **keys}))
+    return to
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_ranks_of_no_module_take_no_room(adapter_dirs: dict[str, Path], tiny_dir: Path, tmp_path: Path, scale: float):
+    plain = adapter_dirs["plain"]
+    idle = reconfigured(plain, tmp_path / "idle", rank_pattern={"matches_nothing": 16_384})
+    ready = ready_adapter(found([idle], [scale]), tmp_path)
+    assert ready is not None
+    assert ready.rank == 4
+    assert (ready.folder / WEIGHTS).stat().st_size <= (plain / WEIGHTS).stat().st_size + 1000
+    wanted = by_peft(tiny_dir, [plain], [scale])
+    assert same(by_peft(tiny_dir, [ready.folder], [1.0]), wanted)
+    assert same(logits(merge_into(load(tiny_dir), found([idle], [scale], apply="merge"))), wanted)
+
+
+def test_nothing_is_written_above_the_limit(adapter_dirs: dict[str, Path], tmp_path: Path):
+    both = found([adapter_dirs["plain"], adapter_dirs["stable"]])
+    with pytest.raises(BadSpecError, match="have rank 7, above the limit of 6"):
+        ready_adapter(both, tmp_path, max_rank=6)
+    assert not names_below(tmp_path)
+    ready = ready_adapter(both, tmp_path, max_rank=7)
+    assert ready is not None
+    assert ready.rank == 7
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"target_modules": r"(?:.*?(?:self_attn).*?(?:q_proj|v_proj).*?)"},
+        {"target_modules": ["q_proj", "v_proj", "o_proj"], "exclude_modules": r".*\.o_proj"},
+        {"exclude_modules": r"((a+)+)+b|(model\.)*([a-z.0-9_]+)+!"},
+    ],
+    ids=str,
+)
+def test_expressions_never_reach_peft(
+    keys: dict[str, object], adapter_dirs: dict[str, Path], tiny_dir: Path, tmp_path: Path
+):
+    plain = adapter_dirs["plain"]
+    folder = reconfigured(plain, tmp_path / "copy", **keys)
+    wanted = by_peft(tiny_dir, [plain], [1.0])
+    assert same(logits(merge_into(load(tiny_dir), found([folder], apply="merge"))), wanted)
+    ready = ready_adapter(found([folder]), tmp_path)
+    assert ready is not None
+    model = load(tiny_dir)
+    with RuntimeAdapters(model).applied(ready):
+        assert same(logits(model), wanted)
 
 
 def test_the_digest_follows_files_and_scales(adapter_dirs: dict[str, Path], tmp_path: Path):

@@ -174,7 +174,9 @@ def test_no_source_is_an_error_that_names_the_field(source: object, problem: str
     assert problem in text
 
 
-@pytest.mark.parametrize("path", ["export.jsonl", "a/b/c.jsonl", "artifacts/rows", "a b/é/x", "..a/x", "a.logs/x", "_"])
+@pytest.mark.parametrize(
+    "path", ["export.jsonl", "a/b/c.jsonl", "artifacts/rows", "a b/é/x", "..a/x", "a.logs/x", "a/_"]
+)
 def test_paths_inside_the_folder(path: str):
     assert export_of(path=path).path == path
 
@@ -209,6 +211,8 @@ def test_a_path_is_made_plain():
         ("logs", "uses itself"),
         (".//logs/x.jsonl", "uses itself"),
         ("artifacts", "uses itself"),
+        ("_lora_cache/out.jsonl", "begins with '_'"),
+        ("./_x", "begins with '_'"),
         (None, "is missing"),
         (3, "valid string"),
     ],

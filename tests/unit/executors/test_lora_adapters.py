@@ -121,7 +121,23 @@ def test_the_daemon_must_have_found_it(tmp_path: Path):
         ({"target_modules": {"a": 1}}, "target_modules"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\.q_proj is 0"),
         ({"rank_pattern": {"q_proj": "x" * 500}}, r"rank_pattern\.q_proj is 'x{80}'"),
-        ({"alpha_pattern": {"(": 1}}, "no regular expression"),
+        ({"alpha_pattern": {"(": 1}}, r"the pattern '\(' in alpha_pattern; expected names of modules"),
+        ({"rank_pattern": {"(a+)+b": 4}}, r"the pattern '\(a\+\)\+b' in rank_pattern"),
+        ({"rank_pattern": {r"\d+\d+x": 4}}, "in rank_pattern"),
+        ({"rank_pattern": {"a" * 1001: 4}}, "in rank_pattern"),
+        (
+            {"rank_pattern": {f"a{number}": 4 for number in range(1001)}},
+            "1001 patterns in rank_pattern; expected at most",
+        ),
+        ({"target_modules": ["q_proj", "(a+)+b"]}, r"the name '\(a\+\)\+b' in target_modules; expected up to 500"),
+        ({"exclude_modules": ["(a+)+b"]}, "in exclude_modules"),
+        ({"modules_to_save": ["(a+)+b"]}, "in modules_to_save"),
+        ({"trainable_token_indices": {"(a+)+b": [1]}}, "in trainable_token_indices"),
+        ({"target_modules": "(a+)+b", "target_parameters": ["x"]}, "target_modules .* beside target_parameters"),
+        (
+            {"layers_pattern": "(a+)+b", "target_parameters": ["x"], "target_modules": []},
+            "layers_pattern .* beside target_parameters",
+        ),
         ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
         ({"rank_pattern": {"q_proj": 8}}, r"lora_A \[4, 32\] and lora_B \[32, 4\]; .* says rank 8"),
         ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "megatron_config is set"),
@@ -290,6 +306,51 @@ def test_ranks_add_up(folder: Path, model_dir: Path, tmp_path: Path):
         check_rank(both[1:], 4)
     assert "spec.model.vllm.max_lora_rank" in caught.value.hint
     check_rank([], 0)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj|v_proj",
+        r"layers\.\d+\.self_attn\.q_proj|v_proj",
+        "^model.layers.[0-9]+\\.self_attn.q_proj",
+        r".*\.q_proj",
+    ],
+)
+def test_harmless_patterns_are_taken(folder: Path, pattern: str):
+    configure(folder, alpha_pattern={pattern: 2})
+    assert {module.scaling for module in the_one(folder).modules if "q_proj" in module.name} == {0.5}
+
+
+def test_a_name_for_an_expression_is_refused(folder: Path):
+    def rename(tensors: dict[str, object]) -> None:
+        for factor in ("lora_A", "lora_B"):
+            tensors[f"base_model.model.{'a' * 501}.{factor}.weight"] = tensors.pop(f"{Q_PROJ}.{factor}.weight")
+
+    rewrite(folder, rename)
+    with pytest.raises(BadSpecError, match=rf"the name 'a{{80}}' in {WEIGHTS}"):
+        find(folder)
+
+
+def test_ranks_of_no_module_do_not_count(folder: Path):
+    configure(folder, r=512, rank_pattern={"q_proj|v_proj": 4, "matches_nothing": 16_384})
+    adapter = the_one(folder)
+    assert (adapter.rank, adapter.has_idle_ranks) == (4, True)
+    check_rank([adapter], 4)
+    assert len(adapter.named_targets) == 4
+
+
+def test_a_rank_beyond_the_weights_is_refused(folder: Path):
+    import torch
+
+    def widen(tensors: dict[str, object]) -> None:
+        tensors[f"{Q_PROJ}.lora_A.weight"] = torch.zeros(9000, 1)
+        tensors[f"{Q_PROJ}.lora_B.weight"] = torch.zeros(1, 9000)
+
+    rewrite(folder, widen)
+    configure(folder, rank_pattern={"layers.0.self_attn.q_proj": 9000})
+    with pytest.raises(BadSpecError, match=r"rank 9000 in 'model\.layers\.0\.self_attn\.q_proj', more than"):
+        find(folder)
 
 
 def facts(*shape: int, dtype: str = "F32") -> TensorFacts:

@@ -44,17 +44,28 @@ def test_logprobs_is_a_number_or_a_switch(given: object, expected: int | None):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"n": 0}, {"n": 65}, {"n": 1.5}, {"logprobs": -1}, {"logprobs": 21}, {"logprobs": "many"}], ids=str
+    "wrong",
+    [
+        {"n": 0},
+        {"n": 65},
+        {"n": 1.5},
+        {"logprobs": -1},
+        {"logprobs": 21},
+        {"logprobs": "many"},
+        {"repetition_penalty": 1e-30},
+        {"repetition_penalty": 1e30},
+    ],
+    ids=str,
 )
 def test_numbers_out_of_range_are_named(wrong: dict[str, object]):
     assert list(errors_of(**wrong)) == [tuple(wrong)]
 
 
-@pytest.mark.parametrize("greedy", [{"temperature": 0}, {"do_sample": False}], ids=str)
+@pytest.mark.parametrize("greedy", [{"temperature": 0}, {"temperature": 9e-6}, {"do_sample": False}], ids=str)
 def test_several_outputs_need_sampling(greedy: dict[str, object]):
     assert "'n' is 3" in errors_of(n=3, **greedy)[()]
     assert options(n=1, **greedy).greedy
-    assert options(n=3, temperature=0.1).n == 3
+    assert options(n=3, temperature=1e-5).n == 3
 
 
 @pytest.mark.parametrize("name", ["json", "json_schema", "schema"])
@@ -107,6 +118,8 @@ def test_exactly_one_kind_is_given(given: dict[str, object], part: str):
         ({"choice": ["a", ""]}, "at least 1 character"),
         ({"choice": ["a"] * 10_001}, "at most 10000 items"),
         ({"grammar": "x" * (1024**2 + 1)}, "at most 1048576 characters"),
+        ({"regex": "x" * 10_001}, "has 10001 characters; expected at most 10000"),
+        ({"json": {"type": "integer", "not": {"const": 5}}}, "has 'not', which cannot be enforced"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -156,6 +156,21 @@ def test_progress_is_told_every_two_seconds(monkeypatch: pytest.MonkeyPatch):
     assert pace.elapsed_sec == 3.0
 
 
+def test_silence_is_not_reported(monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr("executors.generation_pace.time.monotonic", lambda: now)
+    report = Report()
+    pace = Pace(3, report)
+    pace.tell()
+    pace.add(tokens=5)
+    now = 110.0
+    pace.add()
+    assert report.told == [(0, 3)]
+    pace.tell()
+    pace.tell()
+    assert report.told == [(0, 3), (0, 3)], "the tokens, once"
+
+
 def test_prompts_that_need_no_work_count_as_done():
     report = Report()
     pace = Pace(5, report)
