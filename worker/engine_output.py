@@ -1,7 +1,7 @@
 """What an engine process prints: kept as the task's log, as a tail for errors, and as news that it is alive.
 
-Of several tasks in one engine nobody can tell whose a line is: each gets all that is printed while it is there, and none
-is known to live by it, unless all of them wait for the engine's load.
+Of several tasks in one engine nobody can tell whose a line is: each gets all that is printed while it is there. None of
+them is known to live by it, unless all wait for the engine's load.
 """
 
 from __future__ import annotations

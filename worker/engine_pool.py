@@ -89,8 +89,8 @@ class EnginePool:
         self._slots: dict[str, _Slot] = {}
         self._changing = asyncio.Lock()
         """Held while engines start or end: the accelerator's memory is free only when the old process is gone."""
-        self._unwanted: set[asyncio.Task[None]] = set()
-        """They wait for engines whose tasks have gone."""
+        self._unwanted: set[asyncio.Task[tuple[EngineProcess, bool]]] = set()
+        """Wait for engines whose tasks have gone."""
 
     def warm_keys(self) -> set[str]:
         """Keys of the engines that can take a task, now or after those that are in them."""
@@ -157,18 +157,20 @@ class EnginePool:
 
     def give_back_later(self, acquiring: asyncio.Task[tuple[EngineProcess, bool]]) -> None:
         """The task for which `acquiring` gets an engine has gone: keep the engine warm when it comes."""
+        self._unwanted.add(acquiring)
+        acquiring.add_done_callback(self._give_back)
 
-        async def give_back() -> None:
-            try:
-                engine, _ = await acquiring
-            except Exception as error:  # noqa: BLE001 - it is logged: nobody waits for that engine any more
-                log.warning("no engine process can be started", action="engine_start", error=str(error))
-            else:
-                await self.release(engine, keep=True)
-
-        giving_back = asyncio.create_task(give_back())
-        self._unwanted.add(giving_back)
-        giving_back.add_done_callback(self._unwanted.discard)
+    def _give_back(self, acquired: asyncio.Task[tuple[EngineProcess, bool]]) -> None:
+        self._unwanted.discard(acquired)
+        if acquired.cancelled():
+            return
+        if (error := acquired.exception()) is not None:
+            log.warning("no engine process can be started", action="engine_start", error=str(error))
+            return
+        engine, _ = acquired.result()
+        slot = self._slots.get(engine.key)
+        if slot is not None and slot.engine is engine:
+            slot.leave()
 
     async def close(self) -> None:
         """End all engines."""

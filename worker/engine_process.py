@@ -170,7 +170,7 @@ class EngineProcess:
         try:
             self.pids |= {process.pid for process in await asyncio.to_thread(tagged, self._tag)}
         except Exception as error:  # noqa: BLE001 - it is logged: the GPU's memory is waited for by what is known
-            log.warning("cannot look for an engine's processes", action="engine_stop", engine=self.key, error=str(error))
+            log.warning("cannot look for its processes", action="engine_stop", engine=self.key, error=str(error))
         try:
             if gently and not self.ended.done():
                 self._signal_group(signal.SIGTERM)

@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import structlog
 
@@ -79,7 +79,7 @@ class TaskExecution:
         self._cancel_grace_sec = cancel_grace_sec
         self._on_progress = on_progress
         self._stop_cause: StopCause | None = None
-        self._stopping = asyncio.Event()
+        self._stopping: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._mailbox: TaskMailbox | None = None
         self._force_at: float | None = None
         self._warm = False
@@ -89,7 +89,7 @@ class TaskExecution:
         """Ask the task to stop; the first cause counts. Returns at once."""
         if self._stop_cause is None:
             self._stop_cause = cause
-            self._stopping.set()
+            self._stopping.set_result(None)
             self._force_at = time.monotonic() + (self._cancel_grace_sec if grace_sec is None else grace_sec)
             if self._fetching is not None:
                 self._fetching.cancel()
@@ -130,11 +130,11 @@ class TaskExecution:
                 concurrent=prepared.concurrent,
             )
         )
-        stopping = asyncio.create_task(self._stopping.wait())
         limit = max(began + prepared.timeout_sec - time.monotonic(), 0.0) if prepared.timeout_sec else None
         taken = False
         try:
-            await asyncio.wait({acquiring, stopping}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            either: tuple[asyncio.Future[Any], ...] = (acquiring, self._stopping)
+            await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             if not acquiring.done():
                 self.stop("timeout")  # if it was not stopped before
             if (stopped := self._stopped()) is not None:
@@ -142,7 +142,6 @@ class TaskExecution:
             taken = True
             engine, self._warm = acquiring.result()
         finally:
-            stopping.cancel()
             if not taken:
                 self._pool.give_back_later(acquiring)
         return engine

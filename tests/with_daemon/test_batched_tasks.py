@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sqlite3
 from pathlib import Path
 
 import psutil
@@ -29,10 +31,10 @@ def inside(world: World, **fields: object) -> str:
     return task_id
 
 
-def is_inside(world: World, task_id: str) -> None:
+def is_inside(world: World, task_id: str, *, times: int = 1) -> None:
     (*_, daemon) = world.daemons
     printed = f"{task_id} is inside"
-    wait_until(lambda: daemon.logged("engine_output", event=printed), f"{task_id} is inside the engine")
+    wait_until(lambda: len(daemon.logged("engine_output", event=printed)) >= times, f"{task_id} is inside the engine")
 
 
 def said_of(world: World, task_id: str) -> set[str]:
@@ -53,6 +55,14 @@ def queued(world: World, *task_ids: str) -> None:
 def only_engine(daemon: DaemonProcess) -> int:
     (pid,) = daemon.engines()
     return pid
+
+
+def starts_of(world: World, task_id: str) -> int:
+    """How many starts the journal counts against a task."""
+    file = world.folder / "results" / ".worker" / "w-1" / "journal.sqlite3"
+    with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as journal:
+        found = journal.execute("SELECT starts FROM tasks WHERE task_id = ?", (task_id,)).fetchone()
+    return int(found[0])
 
 
 def test_queued_tasks_run_together_up_to_eight_and_each_has_what_is_its_own(world: World, gate: Path):
@@ -127,17 +137,95 @@ def test_who_waits_for_a_load_may_be_cancelled_alone(world: World, gate: Path):
     assert world.ended(first).ok
 
 
-def test_a_load_that_its_own_task_gives_up_fails_the_waiting_ones_as_retryable(world: World):
-    world.start()
-    first = world.send(batching(load="obedient"))
+def test_a_bad_spec_ends_the_load_of_one_and_the_next_loads_in_the_same_engine(world: World, gate: Path):
+    daemon = world.start()
+    bad = world.send(batching(load="bad_spec", load_until=str(gate)))
+    world.progressed(bad)
+    others = [world.send(batching()) for _ in range(2)]
+    for task_id in others:
+        world.started(task_id)
+    pid = only_engine(daemon)
+    gate.touch()
+    assert world.ended(bad).reason == "bad_spec"
+    for task_id in others:
+        end = world.ended(task_id)
+        assert (end.result["loads"], end.result["pid"]) == (2, pid)
+    assert world.run(batching()).result["pid"] == pid
+
+
+@pytest.mark.parametrize("how", ["cancelled", "timeout"])
+def test_who_loads_may_be_stopped_and_the_others_have_what_it_loads(world: World, gate: Path, how: str):
+    daemon = world.start(WORKER_CANCEL_GRACE_SEC="1")
+    limit = {"timeoutSec": 1} if how == "timeout" else {}
+    first = world.send(batching(load_until=str(gate), **limit))
     world.progressed(first)
-    second = world.send(batching())
-    world.started(second)
+    others = [world.send(batching()) for _ in range(7)]
+    for task_id in others:
+        world.started(task_id)
+    pid = only_engine(daemon)
+    if how == "cancelled":
+        world.cancel(first)
+    assert world.ended(first).reason == how
+    gate.touch()
+    assert [world.ended(task_id).result["pid"] for task_id in others] == [pid] * 7
+    assert world.ended(others[0]).result["loads"] == 1
+
+
+def test_a_load_is_cancelled_when_all_that_wait_for_it_are(world: World):
+    daemon = world.start()
+    tasks = [world.send(batching(load="obedient"))]
+    world.progressed(tasks[0])
+    tasks.append(world.send(batching()))
+    world.started(tasks[1])
+    pid = only_engine(daemon)
+    for task_id in tasks:
+        world.cancel(task_id)
+    assert [world.ended(task_id).reason for task_id in tasks] == ["cancelled", "cancelled"]
+    assert world.run(batching()).ok
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_load_that_does_not_obey_is_ended_when_nobody_else_waits_for_it(world: World, gate: Path):
+    daemon = world.start(WORKER_CANCEL_GRACE_SEC="0.3")
+    first = world.send(batching(load_until=str(gate)))
+    world.progressed(first)
+    pid = only_engine(daemon)
     world.cancel(first)
     assert world.ended(first).reason == "cancelled"
-    end = world.ended(second)
-    assert (end.reason, end.event["payload"]["retryable"]) == ("engine_crash", True)
-    assert first in end.error
+    assert world.run(batching()).ok
+    assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize("how", ["talk", "report"])
+def test_the_signs_of_life_of_a_load_are_for_all_that_wait(world: World, gate: Path, how: str):
+    daemon = world.start()
+    first = world.send(batching(load=how, load_until=str(gate), noProgressTimeoutSec=1))
+    world.progressed(first)
+    second = world.send(batching(noProgressTimeoutSec=1))
+    world.started(second)
+    if how == "talk":
+        printed = f"{first} loads, step 20"
+        wait_until(lambda: daemon.logged("engine_output", event=printed), "the load takes longer than the limit")
+    else:
+        wait_until(lambda: float(world.hash_of(second).get("progress_done") or 0) >= 20, "the load takes long")
+    gate.touch()
+    assert all(world.ended(task_id).ok for task_id in (first, second))
+
+
+def test_what_others_print_is_no_sign_of_life(world: World, gate: Path):
+    world.start()
+    talking = inside(world, act="talk", until=str(gate))
+    hung = world.send(batching(until=str(gate), noProgressTimeoutSec=1))
+    assert world.ended(hung).reason == "no_progress"
+    gate.touch()
+    assert world.ended(talking).ok
+    gate.unlink()
+    alone = inside(world, act="talk", until=str(gate), noProgressTimeoutSec=1)
+    wait_until(
+        lambda: (world.folder / "results" / alone / "logs" / "engine.log").read_text().count("talks") > 20, "it talks"
+    )
+    gate.touch()
+    assert world.ended(alone).ok
 
 
 def test_a_task_of_another_model_waits_until_none_of_the_first_runs(world: World, gate: Path):
@@ -197,17 +285,80 @@ def test_a_failure_of_one_leaves_the_others(world: World, gate: Path):
     assert world.ended(first).ok
 
 
-def test_one_that_does_not_obey_takes_the_others_with_it_and_they_say_so(world: World, gate: Path):
-    world.start(WORKER_CANCEL_GRACE_SEC="0.3")
-    others = [inside(world, until=str(gate)) for _ in range(2)]
+def test_who_shares_an_engine_with_one_that_does_not_obey_runs_again(world: World, gate: Path):
+    daemon = world.start(WORKER_CANCEL_GRACE_SEC="0.3")
+    others = [inside(world, until=str(gate)), inside(world, until=str(gate), filler="x" * 100_000)]
+    pid = only_engine(daemon)
     deaf = inside(world, act="deaf")
     world.cancel(deaf)
     assert world.ended(deaf).reason == "cancelled"
     for task_id in others:
+        is_inside(world, task_id, times=2)
+        wait_until(lambda: starts_of(world, task_id) == 1, "one start counts")  # noqa: B023 - used at once
+        assert world.hash_of(task_id)["status"] == "RUNNING"
+    gate.touch()
+    for task_id in others:
         end = world.ended(task_id)
-        assert (end.reason, end.event["payload"]["retryable"]) == ("engine_crash", True)
-        assert f"because of task {deaf}" in end.error
+        assert end.result["pid"] != pid
+        assert types_of(world, task_id) == ["TASK_STARTED", "TASK_STARTED", "TASK_SUCCEEDED"]
+    assert len(daemon.logged("task_put_back", by=deaf)) == 2
+
+
+def test_who_runs_again_has_its_inputs_still(world: World, gate: Path):
+    world.start(WORKER_CANCEL_GRACE_SEC="0.3")
+    rows = world.folder / "results" / "rows.jsonl"
+    rows.write_text('{"n": 1}\n')
+    first = inside(world, until=str(gate), jsonl={"path": str(rows)})
+    rows.unlink()  # nobody may look for it again
+    deaf = inside(world, act="deaf")
+    world.cancel(deaf)
+    is_inside(world, first, times=2)
+    gate.touch()
+    assert world.ended(first).result["inputs"] == {"jsonl": str(rows)}
+
+
+def test_who_waits_again_comes_first_and_may_be_cancelled(world: World, gate: Path):
+    world.start(WORKER_CANCEL_GRACE_SEC="0.3", WORKER_MAX_BATCHED_TASKS="2")
+    first = inside(world, until=str(gate))
+    deaf = inside(world, act="deaf")
+    waiting = world.send(batching(until=str(gate)))
+    queued(world, waiting)
+    world.cancel(deaf)
+    assert world.ended(deaf).reason == "cancelled"
+    is_inside(world, first, times=2)
+    is_inside(world, waiting)
+    started = [event["task_id"] for event in world.events.on("tasks.events", "TASK_STARTED")]
+    assert started == [first, deaf, first, waiting]
+    world.cancel(first)
+    assert world.ended(first).reason == "cancelled"
+    gate.touch()
+    assert world.ended(waiting).ok
+
+
+def test_a_task_runs_again_only_so_often(world: World, gate: Path):
+    world.start(WORKER_CANCEL_GRACE_SEC="0.2")
+    patient = inside(world, until=str(gate))
+    for times in (2, 3, 4):
+        deaf = inside(world, act="deaf")
+        world.cancel(deaf)
+        assert world.ended(deaf).reason == "cancelled"
+        if times < 4:
+            is_inside(world, patient, times=times)
+    end = world.ended(patient)
+    assert (end.reason, end.event["payload"]["retryable"]) == ("engine_crash", True)
+    assert f"because of task {deaf}" in end.error
+    assert types_of(world, patient) == ["TASK_STARTED"] * 3 + ["TASK_FAILED"]
     assert world.run(batching()).result["loads"] == 1
+
+
+def test_nobody_waits_again_after_sigterm(world: World, gate: Path):
+    daemon = world.start(WORKER_CANCEL_GRACE_SEC="0.2")
+    innocent = inside(world, until=str(gate))
+    deaf = inside(world, act="deaf", timeoutSec=2)
+    daemon.signal(signal.SIGTERM)
+    assert world.ended(deaf).reason == "timeout"
+    assert world.ended(innocent).reason == "worker_shutdown"
+    assert daemon.wait() == 0
 
 
 def test_who_is_in_a_broken_engine_may_end_before_it_is_replaced(world: World, gate: Path):
@@ -223,15 +374,15 @@ def test_who_is_in_a_broken_engine_may_end_before_it_is_replaced(world: World, g
     assert not psutil.pid_exists(pid)
 
 
-def test_who_stays_in_a_broken_engine_is_ended_with_it(world: World, gate: Path):
-    world.start()
+def test_who_stays_in_a_broken_engine_runs_again_in_the_next(world: World, gate: Path):
+    daemon = world.start()
     first = inside(world, until=str(gate))
+    pid = only_engine(daemon)
     broken = world.send(batching(act="no_memory"))
     assert world.ended(broken).reason == "host_oom"
-    end = world.ended(first)
-    assert (end.reason, end.event["payload"]["retryable"]) == ("engine_crash", True)
-    assert f"because of task {broken}" in end.error
-    assert world.run(batching()).ok
+    is_inside(world, first, times=2)
+    gate.touch()
+    assert world.ended(first).result["pid"] != pid
 
 
 @pytest.mark.parametrize(("act", "words"), [("kill", "SIGKILL"), ("exit", "status 3")])

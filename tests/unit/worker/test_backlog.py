@@ -97,6 +97,14 @@ def test_a_task_is_removed_by_its_id():
     assert len(backlog) == 1
 
 
+def test_a_task_that_is_put_back_comes_before_all_others():
+    backlog = backlog_of("b1", "a1", "a2")
+    assert taken(backlog, warm="a") == "a1"
+    backlog.put_back(record("a1"))
+    backlog.add(record("a3"))
+    assert [taken(backlog, warm="ab") for _ in range(4)] == ["a1", "b1", "a2", "a3"]
+
+
 def test_clearing_gives_all_back_in_order():
     backlog = backlog_of("b1", "a1", "b2")
     assert [each.task_id for each in backlog.clear()] == ["b1", "a1", "b2"]
@@ -128,6 +136,7 @@ class Model:
 
 STEPS = st.one_of(
     st.tuples(st.just("add"), st.sampled_from(KEYS), st.just(0)),
+    st.tuples(st.just("put_back"), st.sampled_from(KEYS), st.just(0)),
     st.tuples(st.just("take"), st.sampled_from(KEYS), st.integers(0, 4)),
     st.tuples(st.just("remove"), st.just(""), st.integers(0, 20)),
 )
@@ -143,6 +152,9 @@ def test_nobody_is_overtaken_too_often_and_nothing_is_lost(
         if step == "add":
             model.waiting.append(f"{key}{number}")
             backlog.add(record(model.waiting[-1]))
+        elif step == "put_back":
+            model.waiting.insert(0, f"{key}{number}")
+            backlog.put_back(record(model.waiting[0]))
         elif step == "remove" and model.waiting:
             name = model.waiting[count % len(model.waiting)]
             assert backlog.remove(name) is not None

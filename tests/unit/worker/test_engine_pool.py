@@ -201,3 +201,49 @@ async def test_who_wants_to_know_hears_of_each_engine_that_is_gone_before_the_ne
 
     assert gone == [("model-1", frozenset({7}), set()), ("model-22", frozenset({8}), set())]
     await pool.close()
+
+
+async def test_an_engine_whose_end_breaks_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch):
+    pool = EnginePool(SETUP, 0)
+    await used(pool, "model-1", exclusive=True)
+    real_stop = StandIn.stop
+
+    async def stop(engine: StandIn, *, gently: bool = True) -> None:
+        await real_stop(engine, gently=gently)
+        raise OSError("no descriptors")
+
+    monkeypatch.setattr(StandIn, "stop", stop)
+    await used(pool, "model-2", exclusive=True)
+
+    assert pool.warm_keys() == {"model-2"}
+    await pool.close()
+    assert StandIn.living == set()
+
+
+async def test_an_engine_that_nobody_waits_for_any_more_is_kept_warm():
+    pool = EnginePool(SETUP, 0)
+    holder = await entered(pool)
+    acquiring = asyncio.create_task(pool.acquire("model-2", "m:C", exclusive=True))
+    await settled(acquiring)
+    pool.give_back_later(acquiring)
+
+    await pool.release(holder, keep=True)
+    await acquiring
+    await settled()
+
+    assert pool.warm_keys() == {"model-2"}
+    assert (await entered(pool, "model-3")).key == "model-3"  # which waits until no task is in the other one
+    await pool.close()
+
+
+async def test_closing_does_not_wait_for_an_engine_that_nobody_waits_for():
+    pool = EnginePool(SETUP, 0)
+    await entered(pool)
+    acquiring = asyncio.create_task(pool.acquire("model-2", "m:C", exclusive=True))
+    await settled(acquiring)
+    pool.give_back_later(acquiring)
+
+    await pool.close()
+
+    assert acquiring.cancelled()
+    assert StandIn.living == set()

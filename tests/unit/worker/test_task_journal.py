@@ -98,6 +98,18 @@ async def test_everything_survives_a_close_without_warning(tmp_path: Path):
     assert [(task.task_id, task.envelope, task.starts) for task in tasks] == [("t1", b"a", 1), ("t2", b"b", 0)]
 
 
+async def test_a_start_that_was_taken_back_does_not_count(journal: TaskJournal):
+    await journal.accept([Arrival("t1", b"a", 1.0)])
+    for _ in range(2):
+        journal.note_start("t1")
+        journal.take_back_start("t1")
+    journal.note_start("t1")
+
+    [task] = await journal.open_tasks()
+
+    assert task.starts == 1
+
+
 async def test_a_journal_owes_nothing_once_all_is_heard(tmp_path: Path, journal: TaskJournal):
     [first] = await journal.accept([Arrival("t1", b"a", 1.0)])
     number = await end(journal, "t1", first.dispatch, "failed")

@@ -21,21 +21,40 @@ def record() -> TaskRecord:
     return TaskRecord("t1", "d1", "echo", received_at=1.0, dispatched_at="2031-04-02T09:02:11+00:00")
 
 
-@given(st.lists(st.sampled_from(["begin", "succeed", "fail"]), max_size=6))
-def test_a_task_begins_at_most_once_and_ends_exactly_once(moves: list[str]):
-    task, begun, ended = record(), False, False
+@given(st.lists(st.sampled_from(["begin", "put_back", "succeed", "fail"]), max_size=8))
+def test_a_task_begins_only_while_it_waits_and_ends_exactly_once(moves: list[str]):
+    task, running, ended = record(), False, False
+    acts = {
+        "begin": task.begin,
+        "put_back": task.put_back,
+        "succeed": lambda: task.finish(SUCCESS),
+        "fail": lambda: task.finish(FAILURE),
+    }
+    states = {"begin": "RUNNING", "put_back": "QUEUED", "succeed": "SUCCEEDED", "fail": "FAILED"}
     for move in moves:
-        legal = not ended and not (move == "begin" and begun)
+        legal = not ended and {"begin": not running, "put_back": running}.get(move, True)
         try:
-            task.begin() if move == "begin" else task.finish(SUCCESS if move == "succeed" else FAILURE)
+            acts[move]()
         except IllegalMoveError:
             assert not legal
         else:
             assert legal
-            begun = begun or move == "begin"
-            ended = ended or move != "begin"
-            expected = {"begin": "RUNNING", "succeed": "SUCCEEDED", "fail": "FAILED"}[move]
-            assert task.state == expected
+            running = move == "begin"
+            ended = move in {"succeed", "fail"}
+            assert task.state == states[move]
+
+
+def test_a_task_that_was_put_back_says_why_until_it_runs_again():
+    task = record()
+    task.begin()
+    task.put_back()
+
+    fields = task.put_back_fields("because")
+
+    assert (fields["status"], fields["progress_message"], fields["started_at"]) == ("QUEUED", "because", "")
+    assert task.put_backs == 1
+    task.begin()
+    assert task.started_fields() == {"status": "RUNNING", "started_at": task.started_iso, "progress_message": ""}
 
 
 def test_the_started_event_has_what_the_orchestrator_reads():
