@@ -55,14 +55,14 @@ _BUILT_IN = (
     CatalogEntry("echo", "executors.echo_task:EchoTask"),
     CatalogEntry(
         "inference",
-        "executors.vllm_generation:VllmGeneration",
+        "executors.inference.on_vllm.vllm_generation:VllmGeneration",
         name="vllm",
         extra="vllm",
         requires=("vllm", "torch", "transformers"),
     ),
     CatalogEntry(
         "inference",
-        "executors.text_generation:TextGeneration",
+        "executors.inference.on_transformers.text_generation:TextGeneration",
         name="transformers",
         extra="inference",
         requires=("torch", "transformers", "accelerate"),

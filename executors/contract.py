@@ -219,7 +219,10 @@ class Executor(ABC, Generic[SpecT]):
         return cls.__name__
 
     def load(self, task: ExecutorTask[SpecT]) -> None:
-        """Load what `engine_key` names. Runs once in an engine's life, before the first `run`.
+        """Load what `engine_key` names, before the first `run`.
+
+        It runs once in an engine's life; where `concurrent` is set in a thread of its own, and again for the next
+        task if it raised what is this task's alone (`BadSpecError`, `BadDataError`, a cancel).
 
         Raises:
             ExecutorError: with a text for the sender; the engine process then ends.

@@ -17,7 +17,7 @@ import structlog
 from pydantic import BaseModel, JsonValue
 from pydantic_core import to_json
 
-from executors.partial_results import PARTIAL_FILE
+from executors.inference.partial_results import PARTIAL_FILE
 from orchestrator_client.messages import now_iso
 
 RESULT_FILE: Final = "responses.json"

@@ -11,7 +11,7 @@ from typing import Any
 
 from executors.contract import EnginePolicy, ExecutorTask, MergedChild
 from executors.errors import TaskCancelledError
-from executors.inference_spec import InferenceSpec, adapter_input
+from executors.inference.inference_spec import InferenceSpec, adapter_input
 
 Json = dict[str, Any]
 

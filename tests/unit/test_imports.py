@@ -53,7 +53,9 @@ def test_reading_every_executor_class_loads_nothing_heavy():
 
 def test_importing_the_catalog_loads_no_executor():
     statement = "import executors.catalog, sys; sys.modules.pop('executors.catalog')\n"
-    check = "assert not {'executors.text_generation', 'executors.echo_task'} & sys.modules.keys()"
+    check = (
+        "assert not {'executors.inference.on_transformers.text_generation', 'executors.echo_task'} & sys.modules.keys()"
+    )
     loaded_by(statement + check)
 
 

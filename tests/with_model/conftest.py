@@ -10,8 +10,8 @@ from model_files import bundled_model, make_tiny_model
 
 from executors.contract import EnginePolicy, ExecutorTask, MergedChild
 from executors.errors import TaskCancelledError
-from executors.inference_spec import InferenceSpec
-from executors.text_generation import TextGeneration
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.on_transformers.text_generation import TextGeneration
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported, which happens inside the tests
 

@@ -8,8 +8,8 @@ import pytest
 
 from executors.contract import EnginePolicy
 from executors.errors import BadDataError, BadSpecError
-from executors.inference_spec import InferenceSpec
-from executors.prompt_data import PromptSet, read_prompts
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.prompt_data import PromptSet, read_prompts
 
 pytestmark = pytest.mark.model
 ROWS = [{"id": number, "text": f"prompt {number}", "score": number / 4} for number in range(10)]

@@ -10,8 +10,8 @@ import pytest
 
 from executors.contract import ExecutorTask, TaskOutput
 from executors.errors import BadSpecError
-from executors.inference_spec import InferenceSpec
-from executors.text_generation import TextGeneration
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.on_transformers.text_generation import TextGeneration
 
 pytestmark = pytest.mark.model
 TaskMaker = Callable[..., ExecutorTask[InferenceSpec]]
@@ -155,7 +155,7 @@ def test_the_deepest_pattern_can_be_compiled(tiny: TextGeneration, tiny_dir: Pat
 def test_a_grammar_that_takes_too_long_is_refused(
     tiny: TextGeneration, tiny_dir: Path, task_with: TaskMaker, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("executors.guided_decoding._COMPILE_SEC", 0.0)
+    monkeypatch.setattr("executors.inference.on_transformers.guided_decoding._COMPILE_SEC", 0.0)
     schema = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(400)}}
     with pytest.raises(BadSpecError, match=r"guided\.json takes more than 0 s to compile"):
         tiny.run(task_with(tiny_dir, ["a"], guided={"json": schema}, max_tokens=4))

@@ -13,10 +13,10 @@ import pytest
 from adapter_files import make_adapter
 
 from executors.errors import BadSpecError, ModelLoadError
+from executors.inference.on_transformers.transformers_adapters import RuntimeAdapters
 from executors.input_spec import AdapterEntry
-from executors.lora_adapters import Adapter, find_adapters, ready_adapter
-from executors.lora_merging import merge_into, write_merged_model
-from executors.transformers_adapters import RuntimeAdapters
+from executors.lora.lora_adapters import Adapter, find_adapters, ready_adapter
+from executors.lora.lora_merging import merge_into, write_merged_model
 
 if TYPE_CHECKING:
     from torch import Tensor

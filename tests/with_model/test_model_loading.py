@@ -10,10 +10,10 @@ import pytest
 
 from executors.contract import EnginePolicy, ExecutorTask, JsonObject
 from executors.errors import BadDataError, BadSpecError, MissingLibraryError, ModelLoadError
-from executors.inference_spec import InferenceSpec
-from executors.model_loading import load_model
-from executors.text_generation import TextGeneration
-from executors.weights_source import find_weights
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.on_transformers.model_loading import load_model
+from executors.inference.on_transformers.text_generation import TextGeneration
+from executors.inference.weights_source import find_weights
 
 pytestmark = pytest.mark.model
 TaskMaker = Callable[..., ExecutorTask[InferenceSpec]]
@@ -141,7 +141,7 @@ def test_cuda_without_a_gpu_is_a_clear_error(tiny_dir: Path, monkeypatch: pytest
 def test_an_option_without_its_library_names_it(
     option: str, library: str, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("executors.model_loading.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("executors.inference.on_transformers.model_loading.importlib.util.find_spec", lambda _: None)
     with pytest.raises(MissingLibraryError, match=f"{option}.*{library}"):
         load_model(spec_for(tiny_dir, device_map="cpu", **{option: True}), policy_for(tiny_dir), {})
 

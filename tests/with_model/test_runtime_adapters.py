@@ -10,8 +10,8 @@ from adapter_files import make_adapter
 
 from executors.contract import ExecutorTask
 from executors.errors import BadSpecError
-from executors.inference_spec import InferenceSpec
-from executors.text_generation import TextGeneration
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.on_transformers.text_generation import TextGeneration
 
 pytestmark = pytest.mark.model
 TaskMaker = Callable[..., ExecutorTask[InferenceSpec]]
@@ -139,7 +139,7 @@ def test_what_only_shows_on_loading_is_refused_and_leaves_no_trace(  # noqa: PLR
     monkeypatch: pytest.MonkeyPatch,
 ):
     """The model's files do not tell everything: those of a hub model are not read."""
-    monkeypatch.setattr("executors.transformers_adapters._stored_tensors", lambda _: {})
+    monkeypatch.setattr("executors.inference.on_transformers.transformers_adapters._stored_tensors", lambda _: {})
     plain, good = answers(tiny), answers(tiny, adapters[0])
     wide = wider_adapter(tiny_dir, tmp_path / "wide")
     strange = make_adapter(tiny_dir, tmp_path / "strange")

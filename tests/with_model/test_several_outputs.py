@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from executors.contract import ExecutorTask, TaskOutput
-from executors.inference_spec import InferenceSpec
-from executors.text_generation import TextGeneration
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.on_transformers.text_generation import TextGeneration
 
 pytestmark = pytest.mark.model
 TaskMaker = Callable[..., ExecutorTask[InferenceSpec]]

@@ -8,8 +8,8 @@ import pytest
 
 from executors.contract import ExecutorTask, TaskOutput
 from executors.errors import TaskCancelledError
-from executors.inference_spec import InferenceSpec
-from executors.text_generation import TextGeneration
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.on_transformers.text_generation import TextGeneration
 
 pytestmark = pytest.mark.model
 TaskMaker = Callable[..., ExecutorTask[InferenceSpec]]

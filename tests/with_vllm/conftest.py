@@ -16,8 +16,8 @@ from executor_tasks import Adapters, Json, TaskMaker, adapter
 from smollm_folder import smollm_folder
 from waiting_until import wait_until
 
-from executors.text_generation import TextGeneration
-from executors.vllm_generation import VllmGeneration
+from executors.inference.on_transformers.text_generation import TextGeneration
+from executors.inference.on_vllm.vllm_generation import VllmGeneration
 
 ENGINE: Json = {
     "max_model_len": 1024,

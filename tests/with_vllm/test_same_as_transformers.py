@@ -13,8 +13,8 @@ from executor_tasks import Adapters, Json, TaskMaker, adapter
 from same_outputs import differences, shape
 
 from executors.contract import TaskOutput
-from executors.text_generation import TextGeneration
-from executors.vllm_generation import VllmGeneration
+from executors.inference.on_transformers.text_generation import TextGeneration
+from executors.inference.on_vllm.vllm_generation import VllmGeneration
 
 pytestmark = pytest.mark.vllm
 

@@ -20,7 +20,7 @@ from model_files import make_tiny_model
 from same_outputs import differences
 from waiting_until import wait_until
 
-from executors.vllm_generation import VllmGeneration
+from executors.inference.on_vllm.vllm_generation import VllmGeneration
 
 pytestmark = pytest.mark.vllm
 

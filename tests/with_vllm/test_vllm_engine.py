@@ -19,11 +19,11 @@ from waiting_until import wait_until
 
 from executors.contract import TaskOutput
 from executors.errors import BadDataError, BadSpecError, TaskCancelledError
-from executors.text_generation import TextGeneration
-from executors.vllm_generation import VllmGeneration
+from executors.inference.on_transformers.text_generation import TextGeneration
+from executors.inference.on_vllm.vllm_generation import VllmGeneration
 
 if TYPE_CHECKING:
-    from executors.vllm_link import VllmLink
+    from executors.inference.on_vllm.vllm_link import VllmLink
 
 pytestmark = pytest.mark.vllm
 

@@ -12,10 +12,10 @@ from adapter_files import make_adapter
 from executor_tasks import TaskMaker, adapter
 from model_files import bundled_model, make_tiny_model
 
-from executors import vllm_arguments
 from executors.errors import BadSpecError, ExecutorError, ModelLoadError
-from executors.memory_forecast import NotEnoughHostMemoryError
-from executors.vllm_generation import VllmGeneration
+from executors.inference.memory_forecast import NotEnoughHostMemoryError
+from executors.inference.on_vllm import vllm_arguments
+from executors.inference.on_vllm.vllm_generation import VllmGeneration
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("imported_vllm")]
 
@@ -33,7 +33,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ex
         pytest.fail("an engine was about to start")
 
     def load(model: Path | str, **fields: object) -> ExecutorError:
-        monkeypatch.setattr("executors.vllm_start.VllmLink", no_engine)
+        monkeypatch.setattr("executors.inference.on_vllm.vllm_start.VllmLink", no_engine)
         tasks = TaskMaker(tmp_path / "tasks", Path(model), roots=[tmp_path, bundled_model().parent])
         with pytest.raises(ExecutorError) as caught:
             VllmGeneration().load(tasks.task(["x"], model=model, **fields))

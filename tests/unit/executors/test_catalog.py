@@ -22,8 +22,8 @@ def test_inference_has_two_executors_in_order_of_preference():
     found = catalog.entries()["inference"]
 
     assert [(entry.name, entry.target, entry.extra) for entry in found] == [
-        ("vllm", "executors.vllm_generation:VllmGeneration", "vllm"),
-        ("transformers", "executors.text_generation:TextGeneration", "inference"),
+        ("vllm", "executors.inference.on_vllm.vllm_generation:VllmGeneration", "vllm"),
+        ("transformers", "executors.inference.on_transformers.text_generation:TextGeneration", "inference"),
     ]
     assert [entry.key for entry in found] == ["inference.vllm", "inference.transformers"]
 

@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from executors.inference_spec import InferenceSpec
-from executors.text_generation import TextGeneration
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.on_transformers.text_generation import TextGeneration
 
 
 def key(source: dict[str, object] | None = None, options: dict[str, object] | None = None, **sections: object) -> str:
@@ -85,7 +85,7 @@ def test_the_gpu_limit_counts_where_a_model_is_spread():
 
 def test_the_daemon_can_import_the_executor_cheaply():
     code = (
-        "import sys, executors.text_generation\n"
+        "import sys, executors.inference.on_transformers.text_generation\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'pandas', 'jinja2', 'peft', 'xgrammar'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from executors.generation_results import (
+from executors.inference.generation_results import (
     ChosenToken,
     EngineFacts,
     GeneratedItem,
@@ -11,8 +11,8 @@ from executors.generation_results import (
     items_json,
     result_of,
 )
-from executors.prompt_data import Prompt
-from executors.prompt_spec import ChatMessage
+from executors.inference.prompt_data import Prompt
+from executors.inference.prompt_spec import ChatMessage
 
 FACTS = EngineFacts(
     engine_name="transformers", model="acme/tiny-lm", device="cpu", dtype="float32", engine_reason="why"

@@ -12,11 +12,11 @@ from executor_tasks import Json, RecordingReport, TaskMaker
 
 from executors.contract import ExecutorTask, TaskOutput
 from executors.errors import BadDataError, TaskCancelledError
-from executors.generation_pace import Pace
-from executors.generation_results import EngineFacts, Sample
-from executors.generation_run import Deliver, PromptRow, Task, run_generation
-from executors.inference_spec import InferenceSpec
-from executors.prompt_rendering import PromptRenderer
+from executors.inference.generation_pace import Pace
+from executors.inference.generation_results import EngineFacts, Sample
+from executors.inference.generation_run import Deliver, PromptRow, Task, run_generation
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.prompt_rendering import PromptRenderer
 
 
 class Tokenizer:
@@ -154,7 +154,7 @@ def test_long_preparations_are_reported(tasks: TaskMaker, monkeypatch: pytest.Mo
             now += 1 / 64
             return super().__call__(text)
 
-    monkeypatch.setattr("executors.prompt_rendering.time.monotonic", lambda: now)
+    monkeypatch.setattr("executors.inference.prompt_rendering.time.monotonic", lambda: now)
     task = tasks.task(["a"] * 1000)
     run_generation(task, Engine(Slow()))
     told = cast("RecordingReport", task.report).told

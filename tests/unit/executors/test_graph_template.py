@@ -2,8 +2,8 @@ import pytest
 from pydantic import JsonValue
 
 from executors.errors import BadDataError, BadSpecError
-from executors.graph_template import render_template
-from executors.prompt_spec import GraphTemplate
+from executors.inference.graph_template import render_template
+from executors.inference.prompt_spec import GraphTemplate
 
 ITEMS: JsonValue = [{"output": "cats purr"}, {"output": "dogs\nbark"}]
 WRAPPED: dict[str, JsonValue] = {

@@ -5,7 +5,7 @@ import time
 import pytest
 from pydantic import ValidationError
 
-from executors.sampling_spec import GuidedOutput
+from executors.inference.sampling_spec import GuidedOutput
 
 
 def check(**given: object) -> GuidedOutput:

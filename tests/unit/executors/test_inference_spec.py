@@ -1,9 +1,9 @@
 import pytest
 from pydantic import ValidationError
 
-from executors.inference_spec import InferenceSpec
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.on_transformers.text_generation import TextGeneration
 from executors.task_spec import unknown_keys
-from executors.text_generation import TextGeneration
 
 
 def spec_dict(**sections: object) -> dict[str, object]:

@@ -12,8 +12,8 @@ from pydantic import JsonValue, ValidationError
 
 from executors.contract import Artifact, JsonObject
 from executors.errors import BadDataError, BadSpecError
-from executors.jsonl_export import ExportSource, JsonlExport, write_export
-from executors.partial_results import PARTIAL_FILE
+from executors.inference.jsonl_export import ExportSource, JsonlExport, write_export
+from executors.inference.partial_results import PARTIAL_FILE
 from orchestrator_client.validation_text import validation_text
 
 ITEM: JsonObject = {

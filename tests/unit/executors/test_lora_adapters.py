@@ -14,7 +14,7 @@ from model_files import make_tiny_model
 
 from executors.errors import BadSpecError, ModelLoadError
 from executors.input_spec import AdapterEntry
-from executors.lora_adapters import (
+from executors.lora.lora_adapters import (
     Adapter,
     AdapterEngine,
     AdapterSet,

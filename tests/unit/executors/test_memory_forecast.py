@@ -11,7 +11,7 @@ from model_files import make_tiny_model
 from executors.errors import ModelLoadError
 from executors.failure_report import verdict_on
 from executors.gpu_memory import GpuMemory, MemoryHolder
-from executors.memory_forecast import (
+from executors.inference.memory_forecast import (
     MemoryForecast,
     NotEnoughGpuMemoryError,
     NotEnoughHostMemoryError,

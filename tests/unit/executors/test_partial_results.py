@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from executors.partial_results import PARTIAL_FILE, PartialResults
+from executors.inference.partial_results import PARTIAL_FILE, PartialResults
 
 REPO = Path(__file__).resolve().parents[3]
 HEADER = b'{"format": 1, "identity": "abc"}\n'
@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path):
     script = """
         import resource, signal, sys
         from pathlib import Path
-        from executors.partial_results import PartialResults
+        from executors.inference.partial_results import PartialResults
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         partial = PartialResults.begin(Path(sys.argv[1]), "abc", resume=False)
         partial.add("a", {"output": "x"})
@@ -275,7 +275,7 @@ def test_threads_share_it(tmp_path: Path):
 WRITER = """
 import sys
 from pathlib import Path
-from executors.partial_results import PartialResults
+from executors.inference.partial_results import PartialResults
 partial = PartialResults.begin(Path(sys.argv[1]), "abc", resume=True)
 number = 0
 while partial.finished(str(number)):

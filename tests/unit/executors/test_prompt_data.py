@@ -5,8 +5,8 @@ import pytest
 
 from executors.contract import EnginePolicy
 from executors.errors import BadDataError
-from executors.inference_spec import InferenceSpec
-from executors.prompt_data import json_value, read_prompts
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.prompt_data import json_value, read_prompts
 
 
 def spec_with(data: dict[str, object], **sections: object) -> InferenceSpec:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from executors.sampling_spec import GuidedOutput, InferenceOptions
+from executors.inference.sampling_spec import GuidedOutput, InferenceOptions
 from executors.task_spec import TaskSpec, unknown_keys
 
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from executors.errors import TaskCancelledError
-from executors.generation_pace import Pace
-from executors.generation_run import PromptRow
-from executors.token_batches import BatchLimits, BatchWatch, make_batches
+from executors.inference.generation_pace import Pace
+from executors.inference.generation_run import PromptRow
+from executors.inference.on_transformers.token_batches import BatchLimits, BatchWatch, make_batches
 
 LETTERS = "?abcdefghijklmnopqrstuvwxyz"
 END = 0
@@ -141,7 +141,7 @@ def test_a_stop_string_is_found_across_tokens_and_only_in_the_output():
 
 def test_progress_is_told_every_two_seconds(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
-    monkeypatch.setattr("executors.generation_pace.time.monotonic", lambda: now)
+    monkeypatch.setattr("executors.inference.generation_pace.time.monotonic", lambda: now)
     report = Report()
     pace = Pace(3, report)
     pace.add(items=1, tokens=5)
@@ -158,7 +158,7 @@ def test_progress_is_told_every_two_seconds(monkeypatch: pytest.MonkeyPatch):
 
 def test_silence_is_not_reported(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
-    monkeypatch.setattr("executors.generation_pace.time.monotonic", lambda: now)
+    monkeypatch.setattr("executors.inference.generation_pace.time.monotonic", lambda: now)
     report = Report()
     pace = Pace(3, report)
     pace.tell()

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from executors import vllm_arguments
 from executors.contract import EnginePolicy
 from executors.errors import BadSpecError
 from executors.gpu_memory import GpuMemory
-from executors.inference_spec import InferenceSpec
-from executors.memory_forecast import NotEnoughHostMemoryError, NotEnoughMemoryError
-from executors.vllm_arguments import EnginePlan, engine_key, on_one_gpu, plan_engine, smaller
-from executors.vllm_weights import ModelFolders
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.memory_forecast import NotEnoughHostMemoryError, NotEnoughMemoryError
+from executors.inference.on_vllm import vllm_arguments
+from executors.inference.on_vllm.vllm_arguments import EnginePlan, engine_key, on_one_gpu, plan_engine, smaller
+from executors.inference.on_vllm.vllm_weights import ModelFolders
 
 GIB = 1024**3
 HUB = ModelFolders("a/b", "a/b", None)

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 from waiting_until import wait_until
 
-from executors import vllm_generation
 from executors.contract import EngineHost, EnginePolicy, ExecutorTask, LogLevel
 from executors.errors import ModelLoadError, TaskCancelledError
-from executors.inference_spec import InferenceSpec
-from executors.vllm_generation import VllmGeneration
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.on_vllm import vllm_generation
+from executors.inference.on_vllm.vllm_generation import VllmGeneration
 
 
 class Report:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from executors.generation_results import Sample
-from executors.generation_run import PromptRow
-from executors.inference_spec import InferenceSpec
-from executors.sampling_spec import InferenceOptions
-from executors.vllm_requests import Answer, sampling_params
+from executors.inference.generation_results import Sample
+from executors.inference.generation_run import PromptRow
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.on_vllm.vllm_requests import Answer, sampling_params
+from executors.inference.sampling_spec import InferenceOptions
 
 ROW = PromptRow(0, (1, 2), new_tokens=7, seed=3)
 

@@ -1,9 +1,9 @@
 import pytest
 from pydantic import ValidationError
 
-from executors.inference_spec import InferenceSpec
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.vllm_spec import VllmOptions
 from executors.task_spec import unknown_keys
-from executors.vllm_spec import VllmOptions
 
 
 def options(**given: object) -> VllmOptions:

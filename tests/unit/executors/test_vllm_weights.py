@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from executors import vllm_weights
 from executors.errors import BadSpecError, ModelLoadError
-from executors.lora_adapters import Adapter
-from executors.vllm_weights import ready_folders, require_usable
-from executors.weights_source import WeightsSource
+from executors.inference.on_vllm import vllm_weights
+from executors.inference.on_vllm.vllm_weights import ready_folders, require_usable
+from executors.inference.weights_source import WeightsSource
+from executors.lora.lora_adapters import Adapter
 
 
 def source_of(folder: Path, **fields: object) -> WeightsSource:

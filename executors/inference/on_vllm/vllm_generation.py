@@ -15,11 +15,17 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from executors.contract import EngineHost, Executor, ExecutorTask, TaskOutput
 from executors.errors import BadSpecError, TaskCancelledError
-from executors.generation_pace import Pace
-from executors.generation_results import EngineFacts, Sample
-from executors.generation_run import Deliver, PromptRow, Task, run_generation
-from executors.inference_spec import InferenceSpec, spec_warnings
-from executors.lora_adapters import (
+from executors.inference.generation_pace import Pace
+from executors.inference.generation_results import EngineFacts, Sample
+from executors.inference.generation_run import Deliver, PromptRow, Task, run_generation
+from executors.inference.inference_spec import InferenceSpec, spec_warnings
+from executors.inference.on_vllm.vllm_arguments import engine_key
+from executors.inference.on_vllm.vllm_link import Finished, Request, Tokens
+from executors.inference.on_vllm.vllm_requests import sampling_params
+from executors.inference.on_vllm.vllm_start import LoadedVllm, crash_of, is_dead, is_processor_build, start_engine
+from executors.inference.prompt_rendering import PromptRenderer
+from executors.inference.weights_source import WeightsSource, find_weights
+from executors.lora.lora_adapters import (
     Adapter,
     AdapterSet,
     ReadyAdapter,
@@ -28,12 +34,6 @@ from executors.lora_adapters import (
     identity,
     ready_adapter,
 )
-from executors.prompt_rendering import PromptRenderer
-from executors.vllm_arguments import engine_key
-from executors.vllm_link import Finished, Request, Tokens
-from executors.vllm_requests import sampling_params
-from executors.vllm_start import LoadedVllm, crash_of, is_dead, is_processor_build, start_engine
-from executors.weights_source import WeightsSource, find_weights
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -105,7 +105,7 @@ class VllmGeneration(Executor[InferenceSpec]):
         """Load the model.
 
         Raises:
-            ExecutorError: see `executors.vllm_start.start_engine`.
+            ExecutorError: see `executors.inference.on_vllm.vllm_start.start_engine`.
         """
         files = _files(task)
         if self._loaded is not None:
@@ -119,7 +119,7 @@ class VllmGeneration(Executor[InferenceSpec]):
         """Answer every prompt of the task and of its children, beside other tasks that do the same.
 
         Raises:
-            BadSpecError, BadDataError, TaskCancelledError: see `executors.generation_run.run_generation`.
+            BadSpecError, BadDataError, TaskCancelledError: see `executors.inference.generation_run.run_generation`.
         """
         adapters = find_adapters(task.spec.model.adapters, task.inputs, engine="vllm")
         with self._current(task) as loaded:
@@ -197,7 +197,7 @@ class VllmGeneration(Executor[InferenceSpec]):
 
 
 class _Engine:
-    """The loaded model, for one task; see `executors.generation_run.TextEngine`."""
+    """The loaded model, for one task; see `executors.inference.generation_run.TextEngine`."""
 
     def __init__(self, loaded: LoadedVllm, task: Task, adapter: LoRARequest | None, ready: ReadyAdapter | None) -> None:
         self._loaded = loaded

@@ -9,7 +9,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
-from executors.guided_limits import check_grammar, check_pattern, check_schema
+from executors.inference.guided_limits import check_grammar, check_pattern, check_schema
 from executors.task_spec import SpecSection, as_list
 
 _COLDEST = 1e-5  # below it, scores divided by the temperature may be too large for their type

@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue
 
 from executors.contract import JsonObject
-from executors.prompt_data import Prompt
+from executors.inference.prompt_data import Prompt
 
 FinishReason = Literal["stop", "length", "error"]
 """`stop`: the model ended, or a stop string came; `length`: a token limit; `error`: see the item's `error`."""

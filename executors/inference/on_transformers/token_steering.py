@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from executors.generation_results import ChosenToken, TokenScore
-from executors.generation_run import PromptRow
+from executors.inference.generation_results import ChosenToken, TokenScore
+from executors.inference.generation_run import PromptRow
 
 if TYPE_CHECKING:
     from torch import Tensor

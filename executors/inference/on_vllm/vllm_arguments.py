@@ -14,9 +14,8 @@ import psutil
 
 from executors.contract import EnginePolicy
 from executors.gpu_memory import GpuMemory, gib, gpu_memory
-from executors.inference_spec import InferenceSpec
-from executors.local_paths import confine
-from executors.memory_forecast import (
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.memory_forecast import (
     MemoryForecast,
     NotEnoughHostMemoryError,
     forecast,
@@ -24,8 +23,9 @@ from executors.memory_forecast import (
     require_host_memory,
     utilization_for,
 )
+from executors.inference.on_vllm.vllm_weights import ModelFolders
+from executors.local_paths import confine
 from executors.safetensors_headers import read_json_object
-from executors.vllm_weights import ModelFolders
 
 _LEAST_CONTEXT: Final = 2048
 """Tokens of one sequence that must fit where the task leaves the context to the engine."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from executors.errors import BadSpecError, MissingLibraryError
-from executors.lora_adapters import Adapter, ReadyAdapter, check_base, name_targets
+from executors.inference.weights_source import WeightsSource
+from executors.lora.lora_adapters import Adapter, ReadyAdapter, check_base, name_targets
 from executors.safetensors_headers import TensorFacts, read_headers
-from executors.weights_source import WeightsSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +24,7 @@ def check_adapters(adapters: Sequence[Adapter], source: WeightsSource, model_nam
     """Refuse adapters of another base model, as far as the model's files tell.
 
     Raises:
-        BadSpecError: see `executors.lora_adapters.check_base`.
+        BadSpecError: see `executors.lora.lora_adapters.check_base`.
         ModelLoadError: the model's files are damaged.
     """
     tensors = _stored_tensors(source) if adapters else {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from executors.errors import BadSpecError, ModelLoadError
-from executors.lora_files import (
+from executors.lora.lora_files import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,

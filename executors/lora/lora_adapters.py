@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from executors.lora_base_check import check_base
-from executors.lora_combining import ReadyAdapter, ready_adapter
-from executors.lora_files import (
+from executors.lora.lora_base_check import check_base
+from executors.lora.lora_combining import ReadyAdapter, ready_adapter
+from executors.lora.lora_files import (
     Adapter,
     AdapterEngine,
     AdapterSet,

@@ -12,11 +12,11 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from executors.contract import EnginePolicy, JsonObject
-from executors.dataset_rows import Table, open_dataset
 from executors.errors import BadDataError
-from executors.graph_template import is_built_in, render_template
-from executors.inference_spec import InferenceSpec
-from executors.prompt_spec import ChatMessage, DataSection
+from executors.inference.dataset_rows import Table, open_dataset
+from executors.inference.graph_template import is_built_in, render_template
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.prompt_spec import ChatMessage, DataSection
 
 RESERVED_METADATA = frozenset({"prompt", "rendered_prompt"})
 """Keys of an item's metadata that the result itself fills (WIRE 5.2)."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from executors.contract import EnginePolicy, RunReport
 from executors.errors import BadDataError, BadSpecError
-from executors.inference_spec import InferenceSpec
-from executors.prompt_data import Prompt, message_json, read_prompts
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.prompt_data import Prompt, message_json, read_prompts
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,12 +19,12 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from executors.contract import EnginePolicy
+from executors.inference.jsonl_export import JsonlExport
+from executors.inference.prompt_spec import DataSection, ShardSection
+from executors.inference.sampling_spec import InferenceOptions
+from executors.inference.vllm_spec import VllmOptions
 from executors.input_spec import AdapterEntry, CheckpointLoad, InputRequest
-from executors.jsonl_export import JsonlExport
-from executors.prompt_spec import DataSection, ShardSection
-from executors.sampling_spec import InferenceOptions
 from executors.task_spec import SpecSection, TaskSpec, lower
-from executors.vllm_spec import VllmOptions
 
 DtypeName = Literal["auto", "float16", "bfloat16", "float32"]
 

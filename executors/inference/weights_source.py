@@ -8,7 +8,7 @@ from pathlib import Path
 
 from executors.contract import EnginePolicy
 from executors.errors import BadSpecError, ModelLoadError
-from executors.inference_spec import CHECKPOINT, InferenceSpec
+from executors.inference.inference_spec import CHECKPOINT, InferenceSpec
 from executors.local_paths import confine, find_local
 
 _TOKENIZER_FILES = frozenset(

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 
 from executors.errors import BadSpecError, ModelLoadError
 from executors.input_spec import AdapterEntry
-from executors.lora_config import LoraConfig, check_name, read_config, refuse, shown
+from executors.lora.lora_config import LoraConfig, check_name, read_config, refuse, shown
 from executors.safetensors_headers import INDEX_NAME, TensorFacts, read_headers
 
 AdapterEngine = Literal["vllm", "transformers"]

@@ -9,19 +9,19 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from executors.contract import Executor, ExecutorTask, TaskOutput
-from executors.generation_pace import Pace
-from executors.generation_results import EngineFacts, Sample
-from executors.generation_run import Deliver, PromptRow, Task, run_generation
-from executors.guided_decoding import Guide, GuideMaker
-from executors.inference_spec import InferenceSpec, spec_warnings
-from executors.lora_adapters import AdapterSet, ReadyAdapter, find_adapters, ready_adapter
-from executors.model_loading import LoadedModel, engine_key, load_model
-from executors.prompt_rendering import PromptRenderer
-from executors.sampling_spec import InferenceOptions
-from executors.token_batches import BatchLimits, BatchWatch, make_batches
-from executors.token_steering import Draws, Penalties, RawScores
-from executors.transformers_adapters import RuntimeAdapters, check_adapters
-from executors.weights_source import find_weights
+from executors.inference.generation_pace import Pace
+from executors.inference.generation_results import EngineFacts, Sample
+from executors.inference.generation_run import Deliver, PromptRow, Task, run_generation
+from executors.inference.inference_spec import InferenceSpec, spec_warnings
+from executors.inference.on_transformers.guided_decoding import Guide, GuideMaker
+from executors.inference.on_transformers.model_loading import LoadedModel, engine_key, load_model
+from executors.inference.on_transformers.token_batches import BatchLimits, BatchWatch, make_batches
+from executors.inference.on_transformers.token_steering import Draws, Penalties, RawScores
+from executors.inference.on_transformers.transformers_adapters import RuntimeAdapters, check_adapters
+from executors.inference.prompt_rendering import PromptRenderer
+from executors.inference.sampling_spec import InferenceOptions
+from executors.inference.weights_source import find_weights
+from executors.lora.lora_adapters import AdapterSet, ReadyAdapter, find_adapters, ready_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,7 @@ class TextGeneration(Executor[InferenceSpec]):
         """Load model and tokenizer.
 
         Raises:
-            ExecutorError: see `executors.model_loading.load_model`.
+            ExecutorError: see `executors.inference.on_transformers.model_loading.load_model`.
         """
         self._load(task, find_adapters(task.spec.model.adapters, task.inputs, engine="transformers"))
 
@@ -64,7 +64,7 @@ class TextGeneration(Executor[InferenceSpec]):
         """Answer every prompt of the task and of its children.
 
         Raises:
-            BadSpecError, BadDataError, TaskCancelledError: see `executors.generation_run.run_generation`.
+            BadSpecError, BadDataError, TaskCancelledError: see `executors.inference.generation_run.run_generation`.
         """
         adapters = find_adapters(task.spec.model.adapters, task.inputs, engine="transformers")
         warm = self._current_model(task, adapters)
@@ -112,7 +112,7 @@ class _WarmModel:
 
 
 class _Engine:
-    """The loaded model, for one task; see `executors.generation_run.TextEngine`."""
+    """The loaded model, for one task; see `executors.inference.generation_run.TextEngine`."""
 
     def __init__(self, warm: _WarmModel, adapter: ReadyAdapter | None, task: Task) -> None:
         loaded = self._loaded = warm.loaded

@@ -18,16 +18,16 @@ from executors.errors import (
     ModelLoadError,
 )
 from executors.gpu_memory import describe
-from executors.inference_spec import InferenceSpec
-from executors.lora_adapters import Adapter
-from executors.memory_forecast import NotEnoughGpuMemoryError, NotEnoughHostMemoryError
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.memory_forecast import NotEnoughGpuMemoryError, NotEnoughHostMemoryError
+from executors.inference.on_vllm.vllm_arguments import EnginePlan, gpus_of, on_one_gpu, plan_engine, smaller
+from executors.inference.on_vllm.vllm_link import VllmLink
+from executors.inference.on_vllm.vllm_weights import ready_folders, require_usable
+from executors.inference.prompt_rendering import PromptRenderer
+from executors.inference.weights_source import WeightsSource, hub_options
+from executors.lora.lora_adapters import Adapter
 from executors.output_tail import OutputTail, means_no_memory
-from executors.prompt_rendering import PromptRenderer
 from executors.safetensors_headers import TensorFacts, read_headers
-from executors.vllm_arguments import EnginePlan, gpus_of, on_one_gpu, plan_engine, smaller
-from executors.vllm_link import VllmLink
-from executors.vllm_weights import ready_folders, require_usable
-from executors.weights_source import WeightsSource, hub_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

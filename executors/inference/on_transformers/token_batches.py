@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from executors.contract import RunReport
-from executors.generation_pace import Pace
-from executors.generation_run import PromptRow
-from executors.token_steering import RawScores
+from executors.inference.generation_pace import Pace
+from executors.inference.generation_run import PromptRow
+from executors.inference.on_transformers.token_steering import RawScores
 
 if TYPE_CHECKING:
     from torch import Tensor

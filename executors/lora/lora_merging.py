@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from executors.errors import ExecutorError, MissingLibraryError, ModelLoadError
-from executors.lora_files import Adapter, label_of, name_targets
+from executors.lora.lora_files import Adapter, label_of, name_targets
 from executors.safetensors_headers import read_headers
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from executors.errors import BadDataError, BadSpecError
-from executors.prompt_spec import GraphColumn, GraphTemplate
+from executors.inference.prompt_spec import GraphColumn, GraphTemplate
 
 _SEGMENT = re.compile(r"([^\[\]]*)((?:\[\d+\])*)")
 _PLACEHOLDER = re.compile(r"\{col(\d+)_(label|value)\}")

@@ -15,12 +15,12 @@ from pydantic import JsonValue
 
 from executors.contract import Artifact, ChildOutput, ExecutorTask, Failure, JsonObject, MergedChild, TaskOutput
 from executors.errors import BadDataError, BadSpecError, ExecutorError, TaskCancelledError
-from executors.generation_pace import Pace
-from executors.generation_results import EngineFacts, GeneratedItem, Sample, items_json, result_of
-from executors.inference_spec import InferenceSpec
-from executors.jsonl_export import write_export
-from executors.partial_results import PartialResults
-from executors.prompt_rendering import PromptRenderer, RenderedPrompt, RenderedSet
+from executors.inference.generation_pace import Pace
+from executors.inference.generation_results import EngineFacts, GeneratedItem, Sample, items_json, result_of
+from executors.inference.inference_spec import InferenceSpec
+from executors.inference.jsonl_export import write_export
+from executors.inference.partial_results import PartialResults
+from executors.inference.prompt_rendering import PromptRenderer, RenderedPrompt, RenderedSet
 from executors.secret_masking import without_secrets
 
 Task = ExecutorTask[InferenceSpec]

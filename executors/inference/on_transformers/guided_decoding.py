@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from executors.errors import BadSpecError, MissingLibraryError
-from executors.sampling_spec import GuidedOutput
+from executors.inference.sampling_spec import GuidedOutput
 
 if TYPE_CHECKING:
     from torch import Tensor

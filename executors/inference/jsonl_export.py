@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from executors.contract import Artifact, JsonObject
 from executors.errors import BadDataError, BadSpecError
-from executors.partial_results import PARTIAL_FILE, json_text
+from executors.inference.partial_results import PARTIAL_FILE, json_text
 from executors.task_spec import SpecSection
 
 EXPORT_KEY: Final = "jsonl_export"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from executors.generation_results import ChosenToken, Sample, TokenScore
-from executors.generation_run import PromptRow
-from executors.sampling_spec import GuidedOutput, InferenceOptions
+from executors.inference.generation_results import ChosenToken, Sample, TokenScore
+from executors.inference.generation_run import PromptRow
+from executors.inference.sampling_spec import GuidedOutput, InferenceOptions
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, RequestOutput, SamplingParams

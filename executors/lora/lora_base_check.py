@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final, NoReturn
 
 from executors.errors import BadSpecError
-from executors.lora_files import Adapter, LoraModule
+from executors.lora.lora_files import Adapter, LoraModule
 from executors.safetensors_headers import TensorFacts
 
 _WEIGHT: Final = ".weight"

@@ -11,10 +11,10 @@ from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from executors.generation_results import Sample
-from executors.generation_run import PromptRow
-from executors.sampling_spec import InferenceOptions
-from executors.vllm_requests import Answer
+from executors.inference.generation_results import Sample
+from executors.inference.generation_run import PromptRow
+from executors.inference.on_vllm.vllm_requests import Answer
+from executors.inference.sampling_spec import InferenceOptions
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

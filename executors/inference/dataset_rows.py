@@ -16,8 +16,8 @@ from typing import Protocol
 
 from executors.contract import EnginePolicy
 from executors.errors import BadDataError, BadSpecError, MissingLibraryError
+from executors.inference.prompt_spec import DataSection, ShardSection
 from executors.local_paths import confine, find_local
-from executors.prompt_spec import DataSection, ShardSection
 from executors.secret_masking import shown, without_url_secrets
 
 _BUILDERS = {

@@ -1,0 +1,1 @@
+"""Text generation: from a spec to prompts, through an engine, to results."""

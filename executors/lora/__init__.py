@@ -1,0 +1,1 @@
+"""LoRA adapters: found, checked, combined, merged."""
