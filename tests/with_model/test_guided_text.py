@@ -105,7 +105,7 @@ def test_a_model_may_have_more_scores_than_its_tokenizer_has_tokens(
 
 
 def test_json_of_a_real_model(smollm: TextGeneration, smollm_dir: Path, task_with: TaskMaker):
-    jsonschema = pytest.importorskip("jsonschema", reason="comes with other libraries")
+    import jsonschema
     questions: list[object] = ["Describe Paris as JSON with city and large.", "And Rome?"]
     options = {"guided": {"json": SCHEMA}, "chat": True, "max_tokens": 60, "temperature": 0.1, "n": 2, "seed": 1}
     samples = samples_of(smollm.run(task_with(smollm_dir, questions, **options)))
