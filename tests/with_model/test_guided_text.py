@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from executors.contract import ExecutorTask, TaskOutput
@@ -105,7 +106,6 @@ def test_a_model_may_have_more_scores_than_its_tokenizer_has_tokens(
 
 
 def test_json_of_a_real_model(smollm: TextGeneration, smollm_dir: Path, task_with: TaskMaker):
-    import jsonschema
     questions: list[object] = ["Describe Paris as JSON with city and large.", "And Rome?"]
     options = {"guided": {"json": SCHEMA}, "chat": True, "max_tokens": 60, "temperature": 0.1, "n": 2, "seed": 1}
     samples = samples_of(smollm.run(task_with(smollm_dir, questions, **options)))
