@@ -30,9 +30,12 @@ _DRAIN_SEC: Final = 1.0
 _ERROR: Final = re.compile(r"(?P<kind>(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit))(?:: (?P<text>.+))?$")
 _FOLLOWS: Final = ("Engine core initialization failed", "EngineCore encountered an issue", "WorkerProc initialization")
 """Texts of errors that only tell of another one before them."""
+_SHARE_TOO_SMALL: Final = re.compile(
+    r"No available memory for the cache blocks|To serve at least one request with the model|"
+    r"larger than the available KV cache memory"
+)
 _NO_MEMORY: Final = re.compile(
-    r"OutOfMemoryError|out of memory|less than desired GPU memory|No available memory for the cache blocks|"
-    r"To serve at least one request with the model|larger than the available KV cache memory|"
+    rf"OutOfMemoryError|out of memory|less than desired GPU memory|{_SHARE_TOO_SMALL.pattern}|"
     r"DefaultCPUAllocator: can't allocate memory|Available memory on node .* is less than"
 )
 
@@ -176,6 +179,11 @@ def error_in(line: str) -> str:
 def means_no_memory(cause: str) -> bool:
     """Whether an error's text tells of a device, or of a host, without enough memory."""
     return _NO_MEMORY.search(cause) is not None
+
+
+def means_small_share(cause: str) -> bool:
+    """Whether vLLM's share of the memory is too small for the model, so that an even smaller one cannot help."""
+    return _SHARE_TOO_SMALL.search(cause) is not None
 
 
 def _main() -> None:

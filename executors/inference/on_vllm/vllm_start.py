@@ -26,7 +26,7 @@ from executors.inference.on_vllm.vllm_weights import ready_folders, require_usab
 from executors.inference.prompt_rendering import PromptRenderer
 from executors.inference.weights_source import WeightsSource, hub_options
 from executors.lora.lora_adapters import Adapter
-from executors.output_tail import OutputTail, means_no_memory
+from executors.output_tail import OutputTail, means_no_memory, means_small_share
 from executors.safetensors_headers import TensorFacts, read_headers
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ def _start(plan: EnginePlan, policy: EnginePolicy, what: str) -> tuple[VllmLink,
                 return VllmLink(plan.arguments), plan
         except Exception as error:
             cause = output_tail().cause() or f"{type(error).__name__}: {error}"
+            if means_small_share(cause):
+                raise _why(error, cause, what, plan, policy) from error
             if not means_no_memory(cause):
                 left.clear()
             if not left and not on_one and (single := on_one_gpu(plan, cause)) is not None:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from waiting_until import wait_until
 
-from executors.output_tail import error_in, means_no_memory
+from executors.output_tail import error_in, means_no_memory, means_small_share
 
 _PREAMBLE = """
 import ctypes, faulthandler, os, subprocess, sys
@@ -196,3 +196,16 @@ def has_ended(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        ("ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`", True),
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        ("ValueError: Free memory on device (3.0/79.6 GiB) is less than desired GPU memory utilization", False),
+    ],
+)
+def test_a_share_that_is_too_small_already_is_told_apart(cause: str, *, expected: bool):
+    assert means_no_memory(cause)
+    assert means_small_share(cause) is expected
