@@ -43,7 +43,10 @@ class EngineFacts:
 
 
 class TokenScore(BaseModel):
-    """A token with its log probability, by the model's own distribution before any sampling option."""
+    """A token with its log probability, before temperature and penalties.
+
+    With structured output that of vLLM is after the grammar's mask, that of Transformers before it.
+    """
 
     model_config = ConfigDict(frozen=True)
 

@@ -66,7 +66,7 @@ class TextEngine(Protocol):
 
     @property
     def identity(self) -> str:
-        """Equal for the same weights and adapters, so that an earlier run's outputs may stand for these."""
+        """Equal for the same engine, weights and adapters: an earlier run's outputs may then stand for these."""
         ...
 
     def generate(self, rows: Sequence[PromptRow], task: Task, pace: Pace, deliver: Deliver) -> None:

@@ -132,7 +132,7 @@ class InferenceSpec(TaskSpec):
     """The spec of a text generation task.
 
     Raises:
-        pydantic.ValidationError: a value is wrong, the model or the data is missing, or something is not built yet.
+        pydantic.ValidationError: a value is wrong, or the model or the data is missing.
     """
 
     model: ModelSection = Field(default_factory=dict, validate_default=True)

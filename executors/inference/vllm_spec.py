@@ -68,10 +68,12 @@ class VllmOptions(SpecSection):
     Attributes:
         tensor_parallel_size: GPUs to split the model over; absent, 0 and "auto" mean all that the task may use.
         gpu_memory_utilization: share of a GPU's memory that the engine may take; lowered to what is free.
-        max_model_len: prompt and output together at most, tokens; absent: what the model can.
+        max_model_len: prompt and output together at most, tokens; absent, 0, "auto": what the model can, or what fits.
         dtype: type of the weights in memory.
         download_dir: folder for downloaded weights, below the folders that a task may read.
-        max_lora_rank: adapters up to this rank run without loading the engine anew.
+        enforce_eager: no compilation, no CUDA graphs; absent: so without a GPU only.
+        max_num_seqs: sequences in one step at most; absent: vLLM's own limit.
+        max_lora_rank: highest rank of the adapters of a task, taken together.
         max_loras: adapters of different tasks that may run in the same step.
         release_after_run: accepted, has no effect: engines stay warm.
     """

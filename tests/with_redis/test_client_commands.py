@@ -219,11 +219,20 @@ def test_ctrl_c_leaves_the_task_running(broker_url: str, task_file: str, scripte
         "--broker",
         broker_url,
     ]
-    with subprocess.Popen([*command, "--task-id", "t-9"], stderr=subprocess.PIPE, text=True) as process:
+    # A test run in the background of a script ignores Ctrl-C, and what it starts would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen([*command, "--task-id", "t-9"], stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stderr is not None
         first = process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()
+        try:
+            rest = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
     assert "t-9 is taken by w-1" in first
     assert process.returncode == exit_codes.INTERRUPTED
     assert "flowmesh-worker cancel t-9" in rest

@@ -256,6 +256,7 @@ def engine_key(spec: InferenceSpec, merged: str) -> str:
             "options": options.model_dump(
                 mode="json", exclude={"release_after_run", "max_lora_rank", "max_loras", "trust_remote_code"}
             ),
+            "eager_by_default": "enforce_eager" not in options.model_fields_set,
             "lora": [options.max_lora_rank, options.max_loras] if lora else None,
             "one_gpu": any(entry.type == "lora" for entry in spec.model.adapters),
             "gpus": spec.gpu_limit,

@@ -90,7 +90,7 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         load(tmp_path, "{taskType: echo}", "t.json")
 
 
-@pytest.mark.parametrize("name", ["echo.yaml", "inference.yaml"])
+@pytest.mark.parametrize("name", ["echo.yaml", "inference.yaml", "inference-structured.yaml"])
 def test_the_examples_are_valid(name: str):
     spec = load_task(str(EXAMPLES / name))["spec"]
     assert isinstance(spec, dict)
