@@ -196,10 +196,11 @@ class EnginePool:
         while slot.users and slot.sound:
             await slot.changed.wait()
         slot.closing = True
-        if slot.users:
-            slot.changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(slot.changed.wait(), _LAST_WORDS_SEC)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_SEC):
+                while slot.users:
+                    slot.changed.clear()
+                    await slot.changed.wait()
         await self._stop(slot.engine)
         self._slots.pop(slot.engine.key, None)
         await self._on_engine_gone(slot.engine.key, slot.engine.pids)

@@ -159,6 +159,23 @@ async def test_the_others_in_a_broken_engine_have_a_moment_and_nobody_enters_it(
     await pool.close()
 
 
+async def test_each_of_them_has_that_moment():
+    pool = EnginePool(SETUP, 0)
+    broken = await entered(pool)
+    await entered(pool)
+    await entered(pool)
+
+    first = asyncio.create_task(pool.release(broken, keep=False))
+    await settled(first)
+    second = asyncio.create_task(pool.release(broken, keep=False))
+    await settled(second)
+    assert broken.alive  # the third has not heard yet
+
+    await pool.release(broken, keep=False)
+    await asyncio.gather(first, second)
+    assert not broken.alive
+
+
 async def test_the_moment_ends(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine_pool, "_LAST_WORDS_SEC", 0.0)
     pool = EnginePool(SETUP, 0)
