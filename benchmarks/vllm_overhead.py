@@ -15,11 +15,14 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
+
+import psutil
 
 from benchmarks.bare_vllm import Request
 from benchmarks.bf16_model import bf16_model
@@ -43,6 +46,8 @@ _LEAST_BELIEVABLE: Final = 0.9
 _TOKENS_MAY_DIFFER: Final = 0.01
 _END_WITHIN_SEC: Final = 60.0
 _LOG_TAIL: Final = 2000
+_QUIET_PERCENT: Final = 8.0
+_QUIET_WITHIN_SEC: Final = 30.0
 
 
 def measure(broker: Broker, *, pairs: int) -> list[Row]:
@@ -57,8 +62,10 @@ def measure(broker: Broker, *, pairs: int) -> list[Row]:
         cold = worker.run_one("cold", spec, WITHIN_SEC)
         _generate(other)
         for number in range(pairs):
+            _let_engines_sleep()
             ours.append(worker.run_one(f"warm-{number}", spec, WITHIN_SEC))
             counts.append(generated_tokens(worker, f"warm-{number}"))
+            _let_engines_sleep()
             seconds, tokens = _generate(other)
             bare.append(seconds)
             others.append(tokens)
@@ -79,6 +86,13 @@ def measure(broker: Broker, *, pairs: int) -> list[Row]:
         beside(f"warm vLLM task, {_PROMPTS} prompts", ("bare vllm.LLM", theirs), mine, "s", details),
         against_target("warm vLLM task / bare vllm.LLM", mine / theirs, ("<=", _TARGET_RATIO), "times"),
     ]
+
+
+def _let_engines_sleep() -> None:
+    """Wait until both are quiet: vLLM's workers spin for some seconds after a step, on the core of the other."""
+    deadline = time.monotonic() + _QUIET_WITHIN_SEC
+    while psutil.cpu_percent(interval=1.0) > _QUIET_PERCENT and time.monotonic() < deadline:
+        pass
 
 
 @contextmanager
