@@ -210,11 +210,11 @@ class TaskEnding:
                     if not each.ended.done():
                         each.ended.set_exception(error)
             else:
-                for (each, _), end in zip(ending, durable, strict=True):
-                    each.ended.set_result(end)
                 # Only now: a kill before the journal has the end runs the task again, which may go on behind them.
                 done = [each.folder.path for each, fault in zip(batch, faults, strict=True) if _succeeded(each, fault)]
-                await loop.run_in_executor(self._disk, _drop_partials, done)
+                loop.run_in_executor(self._disk, _drop_partials, done)  # nobody waits for it
+                for (each, _), end in zip(ending, durable, strict=True):
+                    each.ended.set_result(end)
 
     def _end_of(self, each: _Waiting, fault: Failure | None) -> EndedTask | DeliveryJob | None:
         """One task's end; None if it broke, which only this task may feel."""
