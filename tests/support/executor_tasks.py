@@ -3,64 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recording_report import RecordingReport
+
 from executors.contract import EnginePolicy, ExecutorTask, MergedChild
-from executors.errors import TaskCancelledError
 from executors.inference.inference_spec import InferenceSpec, adapter_input
 
 Json = dict[str, Any]
-
-
-@dataclass
-class RecordingReport:
-    """Keeps what a run tells, and stops it once `stop_when` says so.
-
-    Attributes:
-        stop_when: gets the metrics of each progress report; true cancels the task.
-    """
-
-    stop_when: Callable[[Mapping[str, float]], bool] | None = None
-    told: list[tuple[float, float | None]] = field(default_factory=list)
-    tokens: float = 0
-    logged: list[str] = field(default_factory=list)
-    begun: threading.Event = field(default_factory=threading.Event)
-    _cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        self._cancelled.set()
-
-    def progress(
-        self,
-        done: float,
-        total: float | None = None,
-        *,
-        unit: str = "items",
-        message: str = "",
-        metrics: dict[str, float] | None = None,
-    ) -> None:
-        del unit, message
-        self.told.append((done, total))
-        self.tokens = (metrics or {}).get("tokens", 0)
-        if self.tokens:
-            self.begun.set()
-        if self.stop_when is not None and self.stop_when({"done": done, **(metrics or {})}):
-            self.cancel()
-
-    def log(self, level: str, message: str) -> None:
-        self.logged.append(f"{level}: {message}")
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled.is_set()
-
-    def raise_if_cancelled(self) -> None:
-        if self.cancelled:
-            raise TaskCancelledError("cancelled by the test")
 
 
 @dataclass(frozen=True)

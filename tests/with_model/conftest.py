@@ -2,54 +2,19 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from model_files import bundled_model, make_tiny_model
+from recording_report import RecordingReport
 
 from executors.contract import EnginePolicy, ExecutorTask, MergedChild
-from executors.errors import TaskCancelledError
 from executors.inference.inference_spec import InferenceSpec
 from executors.inference.on_transformers.text_generation import TextGeneration
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported, which happens inside the tests
 
 TaskMaker = Callable[..., ExecutorTask[InferenceSpec]]
-
-
-@dataclass
-class FakeReport:
-    """Keeps what a run tells, and cancels it after so many questions."""
-
-    cancel_after: int | None = None
-    asked: int = 0
-    told: list[tuple[float, float | None, dict[str, float]]] = field(default_factory=list)
-    logged: list[str] = field(default_factory=list)
-
-    def progress(
-        self,
-        done: float,
-        total: float | None = None,
-        *,
-        unit: str = "items",
-        message: str = "",
-        metrics: dict[str, float] | None = None,
-    ) -> None:
-        del unit, message
-        self.told.append((done, total, metrics or {}))
-
-    def log(self, level: str, message: str) -> None:
-        self.logged.append(f"{level}: {message}")
-
-    @property
-    def cancelled(self) -> bool:
-        self.asked += 1
-        return self.cancel_after is not None and self.asked > self.cancel_after
-
-    def raise_if_cancelled(self) -> None:
-        if self.cancel_after is not None and self.asked > self.cancel_after:
-            raise TaskCancelledError("cancelled")
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +42,7 @@ def task_with(tmp_path: Path) -> TaskMaker:
         data: dict[str, object] | None = None,
         children: dict[str, dict[str, object]] | None = None,
         roots: tuple[Path, ...] = (),
-        report: FakeReport | None = None,
+        report: RecordingReport | None = None,
         sections: dict[str, object] | None = None,
         adapters: Sequence[Path | dict[str, object]] = (),
         out_dir: Path | None = None,
@@ -122,7 +87,7 @@ def task_with(tmp_path: Path) -> TaskMaker:
             out_dir=out_dir or folder_of("parent"),
             inputs=found,
             policy=EnginePolicy(allowed_roots=(*roots, tmp_path, *([model] if isinstance(model, Path) else []))),
-            report=report or FakeReport(),
+            report=report or RecordingReport(),
         )
 
     return make
@@ -136,7 +101,7 @@ def smollm(smollm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TextGe
     )
     executor = TextGeneration()
     policy = EnginePolicy(allowed_roots=(smollm_dir,))
-    executor.load(ExecutorTask("load", spec, (), tmp_path_factory.mktemp("load"), policy, FakeReport()))
+    executor.load(ExecutorTask("load", spec, (), tmp_path_factory.mktemp("load"), policy, RecordingReport()))
     return executor
 
 
@@ -148,5 +113,5 @@ def tiny(tiny_dir: Path, task_with: TaskMaker) -> TextGeneration:
 
 
 @pytest.fixture
-def make_report() -> type[FakeReport]:
-    return FakeReport
+def make_report() -> type[RecordingReport]:
+    return RecordingReport

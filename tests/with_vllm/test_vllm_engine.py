@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from adapter_files import make_adapter
-from executor_tasks import Adapters, Json, RecordingReport, TaskMaker, adapter
+from executor_tasks import Adapters, Json, TaskMaker, adapter
 from model_files import make_tiny_model
 from pydantic import ValidationError
+from recording_report import RecordingReport
 from same_outputs import differences
 from waiting_until import wait_until
 

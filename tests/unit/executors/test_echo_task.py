@@ -6,23 +6,14 @@ from pathlib import Path
 
 import pytest
 from pydantic import JsonValue
+from recording_report import RecordingReport
 
 from executors.contract import EnginePolicy, ExecutorTask, JsonObject
 from executors.echo_task import EchoSpec, EchoTask
 
 
-class NoReport:
-    cancelled = False
-
-    def progress(self, *_: object, **__: object) -> None: ...
-
-    def log(self, *_: object) -> None: ...
-
-    def raise_if_cancelled(self) -> None: ...
-
-
 def echo_of(sent: JsonObject, folder: Path) -> JsonValue:
-    task = ExecutorTask("t1", EchoSpec(), (), folder, EnginePolicy(), NoReport(), sent)
+    task = ExecutorTask("t1", EchoSpec(), (), folder, EnginePolicy(), RecordingReport(), sent)
     return EchoTask().run(task).result["echo"]
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from executor_tasks import Json, RecordingReport, TaskMaker
+from executor_tasks import Json, TaskMaker
+from recording_report import RecordingReport
 
 from executors.contract import ExecutorTask, TaskOutput
 from executors.errors import BadDataError, TaskCancelledError

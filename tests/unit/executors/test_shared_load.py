@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from executor_tasks import RecordingReport
+from recording_report import RecordingReport
 from waiting_until import wait_until
 
 from executors.contract import EnginePolicy, Executor, ExecutorTask, TaskOutput

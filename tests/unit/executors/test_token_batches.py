@@ -1,44 +1,16 @@
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recording_report import RecordingReport
 
-from executors.errors import TaskCancelledError
 from executors.inference.generation_pace import Pace
 from executors.inference.generation_run import PromptRow
 from executors.inference.on_transformers.token_batches import BatchLimits, BatchWatch, make_batches
 
 LETTERS = "?abcdefghijklmnopqrstuvwxyz"
 END = 0
-
-
-@dataclass
-class Report:
-    cancelled: bool = False
-    told: list[tuple[float, float | None]] = field(default_factory=list)
-
-    def progress(
-        self,
-        done: float,
-        total: float | None = None,
-        *,
-        unit: str = "items",
-        message: str = "",
-        metrics: dict[str, float] | None = None,
-    ) -> None:
-        assert unit == "items"
-        assert message == ""
-        assert metrics is not None
-        assert metrics["tokens_per_sec"] >= 0
-        self.told.append((done, total))
-
-    def log(self, level: str, message: str) -> None:
-        raise AssertionError((level, message))
-
-    def raise_if_cancelled(self) -> None:
-        if self.cancelled:
-            raise TaskCancelledError("cancelled")
 
 
 class FakeTensor:
@@ -65,7 +37,9 @@ def row(place: int, length: int, new_tokens: int = 4) -> PromptRow:
     return PromptRow(place=place, ids=tuple(range(length)), new_tokens=new_tokens)
 
 
-def watch_for(rows: list[PromptRow], report: Report, *stop: str, left: dict[int, int] | None = None) -> BatchWatch:
+def watch_for(
+    rows: list[PromptRow], report: RecordingReport, *stop: str, left: dict[int, int] | None = None
+) -> BatchWatch:
     return BatchWatch(
         rows,
         end_ids=frozenset({END}),
@@ -95,7 +69,7 @@ def test_batches_hold_every_row_once_and_keep_the_limits(lengths: list[int], mos
 
 
 def test_each_row_ends_for_its_own_reason():
-    watch = watch_for([row(0, 1), row(1, 1), row(2, 1, new_tokens=2), row(3, 1)], Report(), "bc")
+    watch = watch_for([row(0, 1), row(1, 1), row(2, 1, new_tokens=2), row(3, 1)], RecordingReport(), "bc")
     assert step(watch, 1, 1, 1, 2) == [False, False, False, False]
     assert step(watch, END, 2, 1, 1) == [True, False, True, False]
     assert step(watch, 9, 3, 9, 1) == [True, True, True, False]
@@ -105,7 +79,7 @@ def test_each_row_ends_for_its_own_reason():
 
 
 def test_a_prompt_counts_once_all_its_outputs_are_finished():
-    report = Report()
+    report = RecordingReport()
     left = {0: 3}
     twice, once = ([row(0, 1)] * count for count in (2, 1))
     step(watch_for(twice, report, left=left), END, 1)
@@ -125,15 +99,15 @@ def test_rows_of_one_prompt_stay_together_and_in_order():
 
 
 def test_a_cancel_ends_all_rows_at_once():
-    report = Report()
+    report = RecordingReport()
     watch = watch_for([row(0, 1), row(1, 1)], report)
     assert step(watch, 1, 1) == [False, False]
-    report.cancelled = True
+    report.cancel()
     assert step(watch, 1, 1) == [True, True]
 
 
 def test_a_stop_string_is_found_across_tokens_and_only_in_the_output():
-    watch = watch_for([row(0, 1, new_tokens=90)], Report(), "xyz")
+    watch = watch_for([row(0, 1, new_tokens=90)], RecordingReport(), "xyz")
     for token in [1] * 50 + [24, 25]:
         assert step(watch, token) == [False]
     assert step(watch, 26) == [True]
@@ -142,7 +116,7 @@ def test_a_stop_string_is_found_across_tokens_and_only_in_the_output():
 def test_progress_is_told_every_two_seconds(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
     monkeypatch.setattr("executors.inference.generation_pace.time.monotonic", lambda: now)
-    report = Report()
+    report = RecordingReport()
     pace = Pace(3, report)
     pace.add(items=1, tokens=5)
     assert report.told == []
@@ -159,7 +133,7 @@ def test_progress_is_told_every_two_seconds(monkeypatch: pytest.MonkeyPatch):
 def test_silence_is_not_reported(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
     monkeypatch.setattr("executors.inference.generation_pace.time.monotonic", lambda: now)
-    report = Report()
+    report = RecordingReport()
     pace = Pace(3, report)
     pace.tell()
     pace.add(tokens=5)
@@ -172,7 +146,7 @@ def test_silence_is_not_reported(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_prompts_that_need_no_work_count_as_done():
-    report = Report()
+    report = RecordingReport()
     pace = Pace(5, report)
     pace.skip(3)
     pace.tell()

@@ -6,32 +6,17 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from recording_report import RecordingReport
 from waiting_until import wait_until
 
-from executors.contract import EngineHost, EnginePolicy, ExecutorTask, LogLevel
+from executors.contract import EngineHost, EnginePolicy, ExecutorTask
 from executors.errors import ModelLoadError, TaskCancelledError
 from executors.inference.inference_spec import InferenceSpec
 from executors.inference.on_vllm import vllm_generation
 from executors.inference.on_vllm.vllm_generation import VllmGeneration
-
-
-class Report:
-    """Keeps nothing; can be cancelled."""
-
-    def __init__(self) -> None:
-        self.cancelled = False
-
-    def progress(self, *_: object, **__: object) -> None:
-        """Drop it."""
-
-    def log(self, level: LogLevel, message: str) -> None:
-        """Drop it."""
-
-    def raise_if_cancelled(self) -> None:
-        if self.cancelled:
-            raise TaskCancelledError("cancelled")
 
 
 class Starts:
@@ -71,7 +56,7 @@ def model(tmp_path: Path) -> Path:
 def new_task(tmp_path: Path, model: Path) -> Callable[[], ExecutorTask[InferenceSpec]]:
     spec = InferenceSpec.model_validate({"model": {"source": {"identifier": str(model)}}, "data": {"items": ["x"]}})
     policy = EnginePolicy(allowed_roots=(tmp_path,))
-    return lambda: ExecutorTask("t", spec, (), tmp_path, policy, Report())
+    return lambda: ExecutorTask("t", spec, (), tmp_path, policy, RecordingReport())
 
 
 NewTask = Callable[[], ExecutorTask[InferenceSpec]]
@@ -107,7 +92,7 @@ def test_new_files_wait_for_the_tasks_that_run_on_the_old_ones(starts: Starts, n
         waiting = threading.Thread(target=lambda: got.append(number_of(executor, new_task())))
         waiting.start()
         impatient = new_task()
-        impatient.report.cancelled = True  # type: ignore[misc]  # the stand-in's
+        cast("RecordingReport", impatient.report).cancel()
         with pytest.raises(TaskCancelledError):
             number_of(executor, impatient)
         assert starts.count == 1
@@ -131,7 +116,7 @@ def test_who_waits_for_a_load_hears_a_cancel_and_inherits_no_failure(starts: Sta
     loading.start()
     wait_until(lambda: starts.count == 1, "the load has begun")
     impatient = new_task()
-    impatient.report.cancelled = True  # type: ignore[misc]  # the stand-in's
+    cast("RecordingReport", impatient.report).cancel()
     with pytest.raises(TaskCancelledError):
         number_of(executor, impatient)
     assert loading.is_alive()
