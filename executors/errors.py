@@ -5,6 +5,7 @@ ExecutorError            base; carries reason, hint and whether another try can 
 ├─ BadDataError          the task's data cannot be used
 ├─ MissingLibraryError   a library of the executor's extra is not installed
 ├─ ModelLoadError        the model cannot be found or loaded
+├─ DivergedError         training gave a loss that is no number
 ├─ EngineCrashError      what the executor has loaded is broken; the engine process must be replaced
 │  ├─ EngineMemoryError  because a GPU's memory ran out
 │  └─ EngineHostMemoryError  because the host's memory ran out
@@ -22,6 +23,7 @@ Reason = Literal[
     "executor_disabled",
     "missing_dependency",
     "model_load",
+    "diverged",
     "executor_error",
     "gpu_oom",
     "host_oom",
@@ -82,6 +84,12 @@ class ModelLoadError(ExecutorError):
     """The model cannot be found or loaded."""
 
     reason = "model_load"
+
+
+class DivergedError(ExecutorError):
+    """Training gave a loss or a gradient that is not a finite number; going on cannot mend it."""
+
+    reason = "diverged"
 
 
 class EngineCrashError(ExecutorError):

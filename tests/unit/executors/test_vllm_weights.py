@@ -10,8 +10,8 @@ import pytest
 from executors.errors import BadSpecError, ModelLoadError
 from executors.inference.on_vllm import vllm_weights
 from executors.inference.on_vllm.vllm_weights import ready_folders, require_usable
-from executors.inference.weights_source import WeightsSource
 from executors.lora.lora_adapters import Adapter
+from executors.weights_source import WeightsSource
 
 
 def source_of(folder: Path, **fields: object) -> WeightsSource:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from executors.contract import EnginePolicy
 from executors.errors import BadSpecError, ModelLoadError
-from executors.inference.inference_spec import CHECKPOINT, InferenceSpec
 from executors.local_paths import confine, find_local
+from executors.model_spec import CHECKPOINT, ModelTaskSpec
 
 _TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
@@ -37,7 +37,7 @@ class WeightsSource:
     base: WeightsSource | None = None
 
 
-def find_weights(spec: InferenceSpec, policy: EnginePolicy, inputs: Mapping[str, Path]) -> WeightsSource:
+def find_weights(spec: ModelTaskSpec, policy: EnginePolicy, inputs: Mapping[str, Path]) -> WeightsSource:
     """Find the weights that a spec names, without reading them.
 
     Args:
@@ -62,7 +62,7 @@ def find_weights(spec: InferenceSpec, policy: EnginePolicy, inputs: Mapping[str,
         ) from error
 
 
-def _find_checkpoint(spec: InferenceSpec, policy: EnginePolicy, found: Path) -> WeightsSource:
+def _find_checkpoint(spec: ModelTaskSpec, policy: EnginePolicy, found: Path) -> WeightsSource:
     field = "spec.checkpoint.load"
     files = [found] if found.is_file() else sorted(path for path in found.iterdir() if path.is_file())
     names = {path.name for path in files}
@@ -94,13 +94,13 @@ def _find_checkpoint(spec: InferenceSpec, policy: EnginePolicy, found: Path) -> 
     return WeightsSource(str(file.parent), None, _stamp([file]), weights_file=file.name, base=base)
 
 
-def _base_of(spec: InferenceSpec, policy: EnginePolicy, what_lacks: str) -> WeightsSource:
+def _base_of(spec: ModelTaskSpec, policy: EnginePolicy, what_lacks: str) -> WeightsSource:
     if not spec.model.source.identifier:
         raise BadSpecError(f"{what_lacks}; expected spec.model.source.identifier to name the model it belongs to")
     return _find_named(spec, policy)
 
 
-def _find_named(spec: InferenceSpec, policy: EnginePolicy) -> WeightsSource:
+def _find_named(spec: ModelTaskSpec, policy: EnginePolicy) -> WeightsSource:
     source = spec.model.source
     field = "spec.model.source.identifier"
     local = find_local(source.identifier, field, policy)
@@ -131,7 +131,7 @@ def _stamp(files: list[Path]) -> tuple[tuple[str, int, int], ...]:
     return tuple((name, status.st_size, status.st_mtime_ns) for name, status in facts)
 
 
-def hub_options(spec: InferenceSpec, policy: EnginePolicy, source: WeightsSource) -> dict[str, object]:
+def hub_options(spec: ModelTaskSpec, policy: EnginePolicy, source: WeightsSource) -> dict[str, object]:
     """What tells Transformers which files, and whether the model's own code may run."""
     # Many task files ask for remote code without need, so the wish alone is no reason to refuse them.
     where: dict[str, object] = {"trust_remote_code": spec.trusts_remote_code and policy.allow_remote_code}

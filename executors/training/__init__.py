@@ -1,0 +1,1 @@
+"""Training: SFT, LoRA-SFT, DPO, PPO, GRPO and reward models, on TRL."""
