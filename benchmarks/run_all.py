@@ -50,7 +50,7 @@ def measurements(*, quick: bool) -> dict[str, Measurement]:
         "inference": partial(inference_overhead.measure, pairs=1 if quick else 3),
         "vllm": partial(vllm_overhead.measure, pairs=2 if quick else 7),
         "batched": partial(batched_tasks.measure, rounds=1 if quick else 5),
-        "sft": partial(sft_speed.measure, pairs=1 if quick else 5),
+        "sft": partial(sft_speed.measure, pairs=1 if quick else 3),
         "archive": lambda _: archive_speed.measure(quick=quick),
         "upload": partial(upload_speed.measure, megabytes=200 if quick else 1000, rounds=3 if quick else 5),
     }

@@ -22,7 +22,7 @@ from benchmarks.report_table import Row, against_target, beside
 
 _ROWS: Final = 64
 _BATCH: Final = 2
-_STEPS: Final = 12
+_STEPS: Final = 8
 _TARGET_RATIO: Final = 0.97
 _MOST_BELIEVABLE: Final = 1.1
 """We do what the other side does and more; a figure far above it says that the machine was busy with other things."""
@@ -94,7 +94,7 @@ def measure(broker: Broker, *, pairs: int) -> list[Row]:
 def _write_rows(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     story = "The river rose for {0} days, and on day {0} the people of the village carried {0} boats up the hill. "
-    lines = (json.dumps({"text": story.format(number) * 3}) for number in range(1, _ROWS + 1))
+    lines = (json.dumps({"text": story.format(number) * 2}) for number in range(1, _ROWS + 1))
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 

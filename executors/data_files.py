@@ -91,6 +91,12 @@ def open_source(source: DataSource, policy: EnginePolicy, cache: str) -> Rows:
 
 
 def _load_hub(source: DataSource) -> Rows:
+    if source.name in _kinds_of_files():
+        raise BadSpecError(
+            f"{source.field} is {source.name!r}, which is a kind of files and no data set; expected a hub name, or the "
+            "path of a file or folder",
+            hint="The library would read whatever files lie where this worker runs.",
+        )
     return _load(
         source,
         hint="Check the name, the configuration and the split; without network only data sets in the local cache work "
@@ -115,6 +121,15 @@ def _load_files(local: Path, source: DataSource, policy: EnginePolicy, cache: st
         cache_dir=cache,
         **options,
     )
+
+
+def _kinds_of_files() -> frozenset[str]:
+    """Names that `datasets` takes for a kind of files."""
+    try:
+        from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+    except ImportError:  # the library is missing, which is told when it is used
+        return frozenset(_BUILDERS.values())
+    return frozenset(_PACKAGED_DATASETS_MODULES)
 
 
 def _refuse_deep(files: Sequence[Path], source: DataSource) -> None:
@@ -162,6 +177,7 @@ def _files_of(local: Path, source: DataSource, policy: EnginePolicy) -> dict[str
         path: _split_of(path.relative_to(local))
         for path in sorted(local.rglob("*"))
         if path.suffix.lower() in _BUILDERS
+        and path.is_file()  # opening a named pipe would wait for a writer
         and path.name not in _DESCRIPTIONS
         and not any(part.startswith((".", "_")) for part in path.relative_to(local).parts)
     }

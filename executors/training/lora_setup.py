@@ -122,7 +122,7 @@ def lora_config(run: TrainingRun, model: Any) -> Any:  # noqa: ANN401 - heavy ty
     classifies = "SequenceClassification" in type(model).__name__
     if not classifies and lora.task_type.upper() != "CAUSAL_LM":
         raise BadSpecError(f"spec.lora.task_type is {lora.task_type!r}; expected 'CAUSAL_LM'")
-    targets = _ALL_LINEAR if lora.target_modules == (_ALL_LINEAR,) else _check_targets(run, model)
+    targets = _ALL_LINEAR if lora.target_modules == (_ALL_LINEAR,) else _targets(run, model, tell=run.is_first)
     return peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -134,7 +134,17 @@ def lora_config(run: TrainingRun, model: Any) -> Any:  # noqa: ANN401 - heavy ty
     )
 
 
-def _check_targets(run: TrainingRun, model: Any) -> list[str]:  # noqa: ANN401 - heavy types
+def check_target_modules(run: TrainingRun, model: Any) -> None:  # noqa: ANN401 - heavy types
+    """Look whether the modules that are to get an adapter are there; the model's weights need not be.
+
+    Raises:
+        BadSpecError: see `lora_config`.
+    """
+    if run.spec.lora is not None and run.spec.lora.target_modules != (_ALL_LINEAR,):
+        _targets(run, model, tell=False)
+
+
+def _targets(run: TrainingRun, model: Any, *, tell: bool) -> list[str]:  # noqa: ANN401 - heavy types
     assert run.spec.lora is not None  # noqa: S101 - lora_config has looked
     wanted = run.spec.lora.target_modules
     modules: Mapping[str, Any] = dict(model.named_modules())
@@ -158,7 +168,7 @@ def _check_targets(run: TrainingRun, model: Any) -> list[str]:  # noqa: ANN401 -
                     f"{type(modules[key]).__name__} ({key}); expected linear modules: {listed}",
                     hint=hint,
                 )
-    if unmatched and run.is_first:
+    if unmatched and tell:
         run.tell.warn(
             f"spec.lora.target_modules: no module of the model has the name {', '.join(map(repr, unmatched))}; "
             f"its linear modules are {listed}"

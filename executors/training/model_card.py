@@ -97,9 +97,14 @@ def _table(entries: dict[str, object] | dict[str, str]) -> str:
 
 
 def _cell(value: object) -> str:
-    return " ".join(str(value).replace("|", "\\|").split())
+    return _printable(str(value)).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _code(text: str) -> str:
     """Text from a spec as code, on one line and without what would end the code."""
-    return f"`{' '.join(text.replace('`', '').split())}`"
+    return f"`{_printable(text.replace('`', ''))}`"
+
+
+def _printable(text: str) -> str:
+    """On one line, without characters that steer a terminal or change the direction of writing."""
+    return "".join(character for character in " ".join(text.split()) if character.isprintable())

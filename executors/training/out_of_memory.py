@@ -26,13 +26,18 @@ def memory_failure(error: RanksOutOfMemoryError, job: TrainingJob) -> Failure:
 
 
 def smaller_job(job: TrainingJob) -> TrainingJob | None:
-    """The same training with half the batch and doubled accumulation; None if there is nothing to halve."""
+    """The same training with half the batch and doubled accumulation; None if there is nothing to halve.
+
+    An odd batch is split into more parts: a step takes as many examples as before, so that the steps stay the same and
+    a checkpoint of the first try fits.
+    """
     if job.batch_size == 1:
         return None
+    parts = next(number for number in range(2, job.batch_size + 1) if job.batch_size % number == 0)
     return job.model_copy(
         update={
-            "batch_size": job.batch_size // 2,
-            "gradient_accumulation_steps": job.gradient_accumulation_steps * 2,
+            "batch_size": job.batch_size // parts,
+            "gradient_accumulation_steps": job.gradient_accumulation_steps * parts,
         }
     )
 

@@ -52,6 +52,7 @@ class RestartablePpo(Base):  # type: ignore[misc]
 
         self._counts = type("Counts", (Counts, TrainerCallback), {})(len(batches))
         self._saved_generation = generation_config
+        self._tokens_counted = 0
         super().__init__(callbacks=[self._counts], **more)
         batches.stopped = lambda: self.control.should_training_stop
         self.dataloader = batches
@@ -93,12 +94,24 @@ class RestartablePpo(Base):  # type: ignore[misc]
         return TrainOutput(self.state.global_step, sum(losses) / len(losses) if losses else 0.0, {})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log what is a number; episodes per second count from the resume."""
+        """Log what is a number, and the tokens; episodes per second count from the resume."""
+        if "episode" in logs:
+            logs["num_tokens"] = self._count_tokens()
         if "eps" in logs and self.state.episode:
             logs["eps"] *= 1 - self._counts.episodes_before / self.state.episode
         if math.isnan(logs.get("val/ratio_var", 0.0)):  # where a step has one part, there is no variance
             del logs["val/ratio_var"]
         super().log(logs, start_time)
+
+    def _count_tokens(self) -> int:
+        """Tokens of prompts and answers that all ranks have trained on; every rank calls it."""
+        import torch
+
+        judged = self.reward_model.backbone.tokens
+        new = torch.tensor([judged - self._tokens_counted], device=self.accelerator.device)
+        self._tokens_counted = judged
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(new).sum())
+        return int(self.state.num_input_tokens_seen)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002 - its own signature
         """Save the policy alone: a model or an adapter. Only the first rank writes."""
@@ -144,7 +157,7 @@ class Counts:
         del args, control
         state.max_steps = self._total
         if self._before:
-            for name in ("global_step", "episode", "epoch", "log_history"):
+            for name in ("global_step", "episode", "epoch", "log_history", "num_input_tokens_seen"):
                 setattr(state, name, getattr(self._before, name))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_others: Any) -> Any:  # noqa: ANN401

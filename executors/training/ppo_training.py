@@ -111,7 +111,7 @@ def _arguments(run: TrainingRun, spec: PpoSpec, rows: datasets.Dataset) -> Any: 
     if training.max_steps:
         episodes = training.max_steps * in_all
     else:
-        # After memory ran out the batch is halved and gone through in twice as many rounds: the total stays.
+        # After memory ran out a smaller batch is gone through in more rounds: the total stays.
         rounds = job.gradient_accumulation_steps // training.gradient_accumulation_steps
         episodes = training.total_episodes(batch * rounds) or math.ceil(training.num_train_epochs * len(rows))
     arguments = trl_arguments(
@@ -264,6 +264,9 @@ def _value_model(run: TrainingRun, tokenizer: Any, adapter: Any) -> Any:  # noqa
     model = load_classifier(run, tokenizer)
     if adapter is not None:
         peft.inject_adapter_in_model(copy.deepcopy(adapter), model)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()  # PEFT does so for whole models only
     head = getattr(model, "score", None)
     if not isinstance(head, torch.nn.Module):
         raise BadSpecError(

@@ -7,6 +7,8 @@ import math
 import os
 import socket
 import threading
+import time
+from typing import Final
 
 from executors.child_messages import LONGEST_MESSAGE
 from executors.contract import LogLevel
@@ -20,6 +22,8 @@ from executors.training.rank_messages import (
     RankWarning,
 )
 from executors.training.training_job import TrainingJob
+
+_LAUNCHER_SEC: Final = 10.0
 
 
 class RankChannel:
@@ -63,6 +67,10 @@ class RankChannel:
     def warn(self, text: str) -> None:
         """See `RankReport.warn`."""
         self.send(RankWarning(message=encodable(text)))
+
+    def wait_for_launcher(self) -> None:
+        """Stay until the launcher ends this process, or is gone itself; not for ever."""
+        time.sleep(_LAUNCHER_SEC)
 
     def _end_with_launcher(self) -> None:
         with contextlib.suppress(OSError):

@@ -100,6 +100,7 @@ class RankGroup:
         self._outcome: TrainingOutcome | None = None
         self._done_at = math.inf
         self._warnings: list[str] = []
+        self._failures: list[tuple[RankFailed, int]] = []
 
     def run(self) -> TrainingOutcome:
         """Start the ranks and stay until all of them are gone.
@@ -145,8 +146,8 @@ class RankGroup:
             ended = process.poll() is not None  # before the sockets are read: what it said last is still in them
             ready = selector.select(0 if ended else _POLL_SEC)
             lost = [rank for key, _ in ready if (rank := self._attend(key, selector)) is not None]
-            if lost:  # after all that the others have said
-                raise self._lost(lost[0], process)
+            if lost or self._failures:
+                raise self._cause(lost, process)
             silent = ended and not ready
             if self._outcome is not None and (silent or self._all_done()):
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -236,9 +237,20 @@ class RankGroup:
                         raise self._garbled(link, "'done' of rank 0 without an outcome")
                     self._outcome, self._done_at = message.outcome, time.monotonic()
             case RankFailed():
-                raise self._failed(message, rank)
+                link.done = True
+                self._failures.append((message, rank))
             case _:  # the progress of another rank
                 pass
+
+    def _cause(self, lost: Sequence[int], process: subprocess.Popen[bytes]) -> ReportedFailureError:
+        """What to report when ranks have failed, or have ended without a word, at about the same time.
+
+        Of a rank that fails because another is gone comes an error of the network, so that the lost one counts more.
+        """
+        for message, rank in self._failures:
+            if message.foreseen or message.out_of_memory:
+                return self._failed(message, rank)
+        return self._lost(lost[0], process) if lost else self._failed(*self._failures[0])
 
     def _failed(self, message: RankFailed, rank: int) -> ReportedFailureError:
         failure = message.failure

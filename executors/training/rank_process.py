@@ -57,6 +57,8 @@ def main() -> None:
         if not isinstance(error, ExecutorError):
             traceback.print_exc()
         channel.send(_failed(error, job, rank))
+        if job.ranks > 1:  # torchrun might take the end of this rank for the cause, and not that of another
+            channel.wait_for_launcher()
         status = 1
     else:
         _leave_group()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from executors.contract import EnginePolicy
 from executors.errors import BadSpecError, MissingLibraryError, ModelLoadError
 from executors.local_paths import find_local
+from executors.tokenizer_check import check_tokenizer_config
 from executors.training.ppo_batches import Prompt
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from executors.training.trainer_specs import RewardModelOptions
 
 _FIELD: Final = "spec.reward_model"
+_LONGEST_TEXT: Final = 400
 _AT_ONCE: Final = 16
 """Texts that are scored together."""
 _ROOM: Final = 1.5
@@ -138,6 +140,7 @@ def load_scorer(options: RewardModelOptions, policy: EnginePolicy, device: objec
         config = transformers.AutoConfig.from_pretrained(name, **where)
         _require_classifier(config, options.identifier)
         positive, negative = _labels(options, config)
+        check_tokenizer_config(name, **where)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
         model, told = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, dtype="auto", output_loading_info=True, **where
@@ -150,7 +153,8 @@ def load_scorer(options: RewardModelOptions, policy: EnginePolicy, device: objec
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         raise ModelLoadError(
-            f"{_FIELD}.identifier {options.identifier!r} cannot be loaded: {type(error).__name__}: {error}",
+            f"{_FIELD}.identifier {options.identifier!r} cannot be loaded: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:_LONGEST_TEXT]}",
             hint="Check the name and the revision; a gated model needs HF_TOKEN at the worker, and without network "
             "only models in the local cache work. A folder of your own must lie below WORKER_ALLOWED_ROOTS.",
         ) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -35,8 +36,10 @@ TRAINER_STATE: Final = "trainer_state.json"
 _ADAPTER_FILE: Final = "adapter_config.json"
 _NAME: Final = re.compile(r"checkpoint-(\d{1,15})", re.ASCII)
 _MOST_MARK_BYTES: Final = 4 * 1024**2
-_MOST_STATE_BYTES: Final = 256 * 1024**2
-_READ_WHOLE: Final = 256 * 1024**2
+MOST_STATE_BYTES: Final = 256 * 1024**2
+_READ_WHOLE: Final = 512 * 1024**2
+_MOST_FILES: Final = 20_000
+_MOST_STEPS: Final = 10**15
 _BLOCK: Final = 64 * 1024
 _SAMPLES: Final = 256
 _MOST_NAMED: Final = 3
@@ -84,7 +87,9 @@ class ResumeDecision:
     note: str = ""
 
 
-def identity_of(spec: TrainingSpec, inputs: Mapping[str, Path], policy: EnginePolicy | None = None) -> str:
+def identity_of(
+    spec: TrainingSpec, inputs: Mapping[str, Path], policy: EnginePolicy | None = None, *, ranks: int = 1
+) -> str:
     """Digest of all that decides the weights of a run; it holds no secret.
 
     Files count by their content, wherever they lie, so that an input fetched once more stays the same.
@@ -93,6 +98,7 @@ def identity_of(spec: TrainingSpec, inputs: Mapping[str, Path], policy: EnginePo
         spec: the spec.
         inputs: files that the daemon has found or fetched.
         policy: if given, a model or a data set that lies on this worker counts by its content too.
+        ranks: how many processes train together; with another number a step takes another number of rows.
     """
     sections = spec.model_dump(mode="json", include=set(_SECTIONS))
     training = sections.get("training")
@@ -106,7 +112,8 @@ def identity_of(spec: TrainingSpec, inputs: Mapping[str, Path], policy: EnginePo
         rest = {key: value for key, value in data.items() if key not in {"jsonl", "jsonl_path"}}
         sections["data"] = {**rest, "jsonl": _without(data.get("jsonl"), _WHERE_IT_LIES)}
     files = dict(inputs) | (_named_files(spec, policy) if policy else {})
-    known = {"kind": spec.kind, "spec": sections, "files": {name: _stamp(path) for name, path in files.items()}}
+    stamps = {name: _stamp(path) for name, path in files.items()}
+    known = {"kind": spec.kind, "spec": sections, "files": stamps, "ranks": ranks}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
@@ -134,10 +141,10 @@ def mark_complete(folder: Path, identity: str, step: int) -> None:
     sync_folder(folder.parent)
 
 
-def last_complete(checkpoints_dir: Path, identity: str) -> ResumePoint | None:
-    """The furthest whole checkpoint of this run; None if there is none."""
+def last_complete(checkpoints_dir: Path, identity: str, *, below: int | None = None) -> ResumePoint | None:
+    """The furthest whole checkpoint of this run, or the furthest before some step; None if there is none."""
     for step, folder in sorted(_checkpoints_in(checkpoints_dir), reverse=True):
-        if _is_whole(folder, identity, step):
+        if (below is None or step < below) and _is_whole(folder, identity, step):
             return ResumePoint(path=folder, step=step)
     return None
 
@@ -206,21 +213,33 @@ def _asked_point(spec: TrainingSpec, policy: EnginePolicy) -> ResumePoint | None
             hint="Give a folder such as checkpoints/checkpoint-100; to start from mere weights use checkpoint.load.",
         )
     try:
-        step = read_json_object(folder / TRAINER_STATE, _MOST_STATE_BYTES).get("global_step")
+        step = read_json_object(folder / TRAINER_STATE, MOST_STATE_BYTES).get("global_step")
         has_weights = (
             bool(read_headers(folder)) or any(folder.glob("pytorch_model*")) or any(folder.glob("global_step*"))
         )
     except ModelLoadError as error:
         raise BadSpecError(f"{field} is a checkpoint that was cut off: {error.message}", hint=_CUT_OFF_HINT) from error
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise BadSpecError(f"{field}: {TRAINER_STATE} has global_step {step!r}; expected a number of steps")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < _MOST_STEPS:
+        raise BadSpecError(f"{field}: {TRAINER_STATE} has global_step {step!r:.100}; expected a number of steps")
     missing = _what_lacks(folder) if has_weights else "weights"
     if missing:
         raise BadSpecError(f"{field} is {str(folder)!r}, a checkpoint that lacks {missing}", hint=_CUT_OFF_HINT)
+    pickled = next((path for pattern in _READ_BY_PICKLE for path in folder.glob(pattern)), None)
+    if pickled and not policy.allow_remote_code:
+        raise BadSpecError(
+            f"{field} is a checkpoint of DeepSpeed or FSDP: {pickled.relative_to(folder)} may run code when it is "
+            "read, and this worker runs no code that comes with files (WORKER_ALLOW_REMOTE_CODE)",
+            hint="Sending the task itself again continues it from its own checkpoints; to start from mere weights use "
+            "checkpoint.load.",
+        )
     return ResumePoint(path=folder, step=step)
 
 
 _CUT_OFF_HINT: Final = "Give an earlier checkpoint folder; to start from mere weights use checkpoint.load."
+
+
+_READ_BY_PICKLE: Final = ("global_step*", ".metadata", "*/.metadata")
+"""DeepSpeed's folders, and the index of PyTorch's distributed checkpoints: their readers unpickle whatever is there."""
 
 
 def _what_lacks(folder: Path) -> str:
@@ -327,31 +346,45 @@ def _named_files(spec: TrainingSpec, policy: EnginePolicy) -> dict[str, Path]:
 
 def _stamp(path: Path) -> list[tuple[str, int, str]]:
     """Names, sizes and digests of a file, or of the files of a folder."""
-    files = [path] if path.is_file() else [path / name for name, _ in _linked_files(path)]
+    files = [("", path)] if path.is_file() else [(name, path / name) for name in _linked_files(path)]
+    sizes = [_size_of(file) for _, file in files]
+    share = _READ_WHOLE if sum(sizes) <= _READ_WHOLE else _READ_WHOLE // len(files)
     return [
-        (file.relative_to(path).as_posix() if file != path else file.suffix, file.stat().st_size, _digest(file))
-        for file in files
+        (name or file.suffix, size, _digest(file, size, share)) for (name, file), size in zip(files, sizes, strict=True)
     ]
 
 
-def _linked_files(folder: Path) -> Iterator[tuple[str, int]]:
-    """Like `_files_in`, with links to files: a hub's cache consists of them."""
-    for inner, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(inner, name)
-            if path.is_file():
-                yield path.relative_to(folder).as_posix(), path.stat().st_size
+def _linked_files(folder: Path) -> list[str]:
+    """Relative names of the files below a folder, and of links to files: a hub's cache consists of them."""
+    paths = (Path(inner, name) for inner, _, names in os.walk(folder) for name in names)
+    found = list(itertools.islice((path for path in paths if path.is_file()), _MOST_FILES + 1))
+    if len(found) > _MOST_FILES:
+        raise BadSpecError(
+            f"{str(folder)!r} has more than {_MOST_FILES} files; expected the folder of one model or one data set"
+        )
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def _digest(file: Path) -> str:
-    """Digest of a file's content; of a very large one, blocks all over it count."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        if size <= _READ_WHOLE:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        for sample in range(_SAMPLES):
-            opened.seek((size - _BLOCK) * sample // (_SAMPLES - 1))
-            digest.update(opened.read(_BLOCK))
-        return digest.hexdigest()
+def _size_of(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # it has vanished; whoever needs it will say so
+        return 0
+
+
+def _digest(file: Path, size: int, share: int) -> str:
+    """Digest of a file's content; where it is larger than its share, blocks all over it count.
+
+    No more than `size` is read: some files, such as those of /proc, never come to an end.
+    """
+    blocks = -(-size // _BLOCK) if size <= share else max(2, min(_SAMPLES, share // _BLOCK))
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as opened:
+            for block in range(blocks):
+                place = block * _BLOCK if size <= share else (size - _BLOCK) * block // (blocks - 1)
+                opened.seek(max(place, 0))
+                digest.update(opened.read(_BLOCK))
+    except OSError:  # whoever needs it will say so
+        return ""
+    return digest.hexdigest()

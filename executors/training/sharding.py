@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from executors.errors import BadSpecError, MissingLibraryError
@@ -27,6 +28,8 @@ _REFUSED: Final = {
     "fsdp": frozenset({"xla", "xla_fsdp_settings", "xla_fsdp_v2", "xla_fsdp_grad_ckpt"}),
 }
 """Sections that write files elsewhere, call hosts or change how many processes there are."""
+_NAMES_FILE: Final = re.compile(r"(path|file|dir|folder)$", re.IGNORECASE)
+"""Keys such as `nvme_path` and `output_file`: also a plain word there is a file in whatever folder the worker runs."""
 
 
 def sharding_arguments(run: TrainingRun) -> dict[str, Any]:
@@ -125,6 +128,8 @@ def _configuration(run: TrainingRun, way: _Way, given: object) -> dict[str, Any]
 
 def _read(path: Path, field: str) -> str:
     try:
+        if not path.is_file():  # opening a named pipe would wait for a writer
+            raise BadSpecError(f"{field} names {str(path)!r}, which is no regular file; expected a configuration")
         if path.stat().st_size > _LONGEST_FILE:
             raise BadSpecError(f"{field} names a file of more than {_LONGEST_FILE} bytes; expected a configuration")
         return path.read_text(encoding="utf-8")
@@ -145,6 +150,8 @@ def _check_plain(value: object, field: str, deepest: int) -> None:
         raise BadSpecError(f"{field} is nested too deeply")
     if isinstance(value, dict):
         for key, inner in value.items():
+            if isinstance(inner, str) and _NAMES_FILE.search(key):
+                raise BadSpecError(f"{field}.{key} is not for tasks to set: it names a file", hint="Remove the key.")
             _check_plain(inner, f"{field}.{key}", deepest - 1)
     elif isinstance(value, list):
         for inner in value:

@@ -59,12 +59,14 @@ class TextBackbone:
         batches: knows the rows whose answers are judged, and where an answer begins.
         tokenizer: the policy's.
         end_ids: tokens that end an answer; they are no part of its text.
+        tokens: how many tokens of prompts and answers were judged so far.
     """
 
     batches: SeededBatches
     tokenizer: Any
     end_ids: frozenset[int]
     reward: RewardSum
+    tokens: int = field(default=0, init=False)
     _rows: object = field(default=None, init=False)
     _done: int = field(default=0, init=False)
 
@@ -77,6 +79,7 @@ class TextBackbone:
             self._rows, self._done = rows, 0
         part = rows.pick(range(self._done, self._done + len(input_ids)))
         self._done += len(input_ids)
+        self.tokens += int(attention_mask.sum())
         begin = self.batches.width
         texts = [
             self._text(answer[mask.bool()].tolist())

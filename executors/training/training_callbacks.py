@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from executors.errors import DivergedError
 from executors.training.loss_curve import METRICS_FILE, draw_curve
+from executors.training.resuming import start_training
 from executors.training.run_checkpoints import last_complete, mark_complete
 from executors.training.trackers import SafeTracker, trackers_for
+from executors.training.training_results import last_logged
 from executors.training.training_run import BuiltTrainer, TrainingRun
 
 if TYPE_CHECKING:
@@ -58,12 +60,19 @@ def train_to_end(run: TrainingRun, built: BuiltTrainer) -> None:
     """Train to the last step, from the checkpoint that the job names. All ranks call it, with `callbacks_for` added.
 
     Raises:
+        BadSpecError: `training.resume_from_path` is a checkpoint that does not fit this task.
         DivergedError: the loss, or something else that has to be, is not a finite number.
     """
     try:
-        built.trainer.train(resume_from_checkpoint=str(run.job.resume.path) if run.job.resume else None)
+        start_training(run, built.trainer)
     except AlreadyAtEndError:
         run.tell.log("info", "the checkpoint is of the last step: nothing is left to train")
+        state = built.trainer.state
+        if run.is_first and state.global_step > state.max_steps:
+            run.tell.warn(
+                f"nothing was trained: the checkpoint is of step {state.global_step}, and the task asks for "
+                f"{state.max_steps} steps"
+            )
 
 
 class AlreadyAtEndError(Exception):
@@ -101,7 +110,8 @@ class _Events:
     def __init__(self, watchers: Sequence[_Watcher]) -> None:
         self._watchers = watchers
 
-    def on_train_begin(self, _args: object, state: TrainerState, _control: object, **_others: object) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, _control: object, **_others: object) -> None:
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings those of the run that wrote it
         for watcher in self._watchers:
             watcher.begins(state)
 
@@ -166,6 +176,10 @@ class _DivergenceGuard(_Watcher):
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
         self._bad_weight = ""
+        self._finite_up_to = 0
+
+    def begins(self, state: TrainerState) -> None:
+        self._finite_up_to = state.global_step
 
     def logged(self, state: TrainerState, logs: Mapping[str, object], args: TrainingArguments) -> None:
         for name, value in logs.items():
@@ -177,6 +191,7 @@ class _DivergenceGuard(_Watcher):
                 self._stop(state, f"{name} is {value}", _first_number(logs, _SHOWN["learning_rate"]))
         if self._bad_weight:
             self._stop(state, self._bad_weight)
+        self._finite_up_to = state.global_step
 
     def saves(self, state: TrainerState, model: torch.nn.Module) -> None:
         self._bad_weight = _bad_weight(model)
@@ -190,18 +205,29 @@ class _DivergenceGuard(_Watcher):
             self._stop(state, self._bad_weight)
 
     def _stop(self, state: TrainerState, what: str, learning_rate: float | None = None) -> NoReturn:
-        job = self._run.job
         rate = self._run.spec.training.learning_rate if learning_rate is None else learning_rate
-        last = last_complete(job.checkpoints_dir, job.identity)
-        kept = f"the last whole checkpoint is {last.path}" if last else "no checkpoint had been written before"
         if self._run.is_first:
             draw_curve(self._run)
         raise DivergedError(
             f"the training diverged at step {state.global_step} of {state.max_steps}: {what}; "
-            f"expected a finite number (learning rate {rate:g}; {kept})",
+            f"expected a finite number (learning rate {rate:g}; {self._kept()})",
             hint="Lower training.learning_rate or raise training.warmup_steps; with fp16 try bf16; "
             "look for rows that are empty or damaged.",
         )
+
+    def _kept(self) -> str:
+        """Name the last good checkpoint: the step after it had finite metrics, so it is not its weights that failed."""
+        job = self._run.job
+        last = last_complete(job.checkpoints_dir, job.identity)
+        good = last_complete(job.checkpoints_dir, job.identity, below=self._finite_up_to)
+        if last is None:
+            return "no checkpoint had been written before"
+        if good == last:
+            return f"the last good checkpoint is {good.path}"
+        doubt = "but no finite loss was seen after it"
+        if good is None:
+            return f"the only whole checkpoint is {last.path}, {doubt}"
+        return f"the last good checkpoint is {good.path}; {last.path.name} is newer, {doubt}"
 
 
 class _CheckpointMarks(_Watcher):
@@ -249,7 +275,7 @@ class _ProgressNews(_Watcher):
     def begins(self, state: TrainerState) -> None:
         self._started = self._counted = time.monotonic()
         self._first_step = state.global_step
-        self._tokens = float(state.num_input_tokens_seen or 0)
+        self._tokens = last_logged(state.log_history, ("num_tokens",)) or 0.0
         self._tell(state, f"continues after step {state.global_step}" if state.global_step else "training begins")
 
     def stepped(self, state: TrainerState) -> None:

@@ -13,6 +13,11 @@ from pydantic_core import PydanticCustomError
 
 from executors.task_spec import SpecSection, as_list, lower
 
+Count = Annotated[int, Field(ge=1, le=10**12)]
+"""Of steps. The limit leaves room for "never"; what computes with larger numbers runs over."""
+
+BatchSize = Annotated[int, Field(ge=1, le=2**20)]
+
 Tracker = Literal["tensorboard", "trackio"]
 
 
@@ -57,16 +62,16 @@ class TrainingOptions(SpecSection):
     }
     """All names of a key; the first that is given wins."""
 
-    num_train_epochs: float = Field(default=1.0, gt=0)
-    max_steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=2, ge=1)
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    num_train_epochs: float = Field(default=1.0, gt=0, le=1e6)
+    max_steps: Count | None = None
+    batch_size: BatchSize = 2
+    gradient_accumulation_steps: BatchSize = 1
     learning_rate: float = Field(default=5e-5, gt=0)
-    warmup_steps: int = Field(default=0, ge=0)
-    logging_steps: int = Field(default=10, ge=1)
-    save_steps: int = Field(default=100, ge=1)
+    warmup_steps: int = Field(default=0, ge=0, le=10**12)
+    logging_steps: Count = 10
+    save_steps: Count = 100
     save_strategy: Annotated[Literal["steps", "epoch", "no"], BeforeValidator(lower)] = "steps"
-    save_total_limit: int = Field(default=2, ge=2)
+    save_total_limit: int = Field(default=2, ge=2, le=10**6)
     save_model: bool = True
     fp16: bool = False
     bf16: bool = False

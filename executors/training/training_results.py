@@ -24,6 +24,7 @@ _LAST_LOGGED: Final[Mapping[str, tuple[str, ...]]] = {
     "episodes": ("episode",),
 }
 """Keys of `train_metrics`, each with the names under which the trainers log that number."""
+_COUNTS: Final = frozenset({"steps", "tokens", "episodes"})
 
 
 class TrainerState(Protocol):
@@ -43,12 +44,13 @@ def train_metrics(state: TrainerState) -> dict[str, float]:
     if state.num_input_tokens_seen:
         found["tokens"] = float(state.num_input_tokens_seen)
     for key, names in _LAST_LOGGED.items():
-        if (value := _last(state.log_history, names)) is not None:
+        if (value := last_logged(state.log_history, names)) is not None:
             found[key] = value
     return found
 
 
-def _last(logged: Sequence[Mapping[str, Any]], names: Sequence[str]) -> float | None:
+def last_logged(logged: Sequence[Mapping[str, Any]], names: Sequence[str]) -> float | None:
+    """The last finite number among the log's entries of these names; None if there is none."""
     for line in reversed(logged):
         for name in names:
             value = line.get(name)
@@ -91,7 +93,11 @@ def output_of(
         "checkpoints_dir": str(job.checkpoints_dir),
         "resume_from_path": str(resumed.path) if resumed else None,
         "resumed_from_step": resumed.step if resumed else None,
-        "train_metrics": {name: value for name, value in outcome.metrics.items() if math.isfinite(value)},
+        "train_metrics": {
+            name: int(value) if name in _COUNTS else value
+            for name, value in outcome.metrics.items()
+            if math.isfinite(value)
+        },
         "batch_size": job.batch_size,
         "gradient_accumulation_steps": job.gradient_accumulation_steps,
         "versions": dict(outcome.versions),

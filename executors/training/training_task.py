@@ -72,7 +72,7 @@ def _job_of(task: ExecutorTask[SpecT], plan: DevicePlan) -> TrainingJob:
         out_dir=task.out_dir,
         policy=task.policy,
         inputs=dict(task.inputs),
-        identity=identity_of(spec, task.inputs, task.policy),
+        identity=identity_of(spec, task.inputs, task.policy, ranks=plan.ranks),
         batch_size=spec.training.batch_size,
         gradient_accumulation_steps=spec.training.gradient_accumulation_steps,
         ranks=plan.ranks,
@@ -115,6 +115,7 @@ def _not_smaller(failure: Failure, refused: Failure) -> Failure:
 
 
 def _run_ranks(job: TrainingJob, plan: DevicePlan, task: ExecutorTask[SpecT], cores: int) -> TrainingOutcome:
+    _drop_links(job)
     decision = prepare_resume(job.out_dir, job.identity, task.spec, job.policy)
     if decision.note:
         task.report.log("info", decision.note)
@@ -132,6 +133,13 @@ def _run_ranks(job: TrainingJob, plan: DevicePlan, task: ExecutorTask[SpecT], co
         return group.run()
     finally:
         shutil.rmtree(job.scratch_dir, ignore_errors=True)
+
+
+def _drop_links(job: TrainingJob) -> None:
+    """Nothing is written, or removed, behind a link that somebody has put into the task's folder."""
+    for folder in (job.checkpoints_dir, job.scratch_dir):
+        if folder.is_symlink():
+            folder.unlink()
 
 
 class SftTraining(TrainingTask[SftSpec]):

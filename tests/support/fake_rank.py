@@ -62,6 +62,23 @@ class FakeRank:
         print("noise", flush=True)
         self.fail("bad_data", "the data set is empty", foreseen=True)
 
+    def fails_when_told(self) -> None:
+        """At a signal, fail as a rank does whose peer is gone."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        self.works()
+        signal.sigwait({signal.SIGUSR1})
+        self.fail("executor_error", "RuntimeError: Connection reset by peer")
+        print("it has said so", flush=True)
+        signal.pause()
+
+    def works(self) -> None:
+        self.begin()
+        self.say("log", level="info", message=f"rank {self.rank} works as pid {os.getpid()}")
+
+    def works_on(self) -> None:
+        self.works()
+        signal.pause()
+
     def greedy(self) -> None:
         """Run out of memory unless the batch is 2 or less."""
         job = self.begin()

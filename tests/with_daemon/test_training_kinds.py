@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import tarfile
@@ -35,14 +34,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trainer(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[World]:
     """One daemon for the module, which may read the tiny model."""
     made = World(tmp_path_factory.mktemp("world"))
-    made.start(WORKER_ALLOWED_ROOTS=str(tiny.parent))
+    made.start(WORKER_ALLOWED_ROOTS=str(tiny.parent), OMP_NUM_THREADS="1")  # more is slower here
     yield made
     made.close()
 
 
 def example(name: str, model: Path, **training: object) -> Json:
     """An example's spec with a model that fits a test; a random one needs another pace too."""
-    spec: Json = copy.deepcopy(load_task(str(REPO / "examples" / f"{name}.yaml")))["spec"]
+    spec: Any = load_task(str(REPO / "examples" / f"{name}.yaml"))["spec"]
     assert spec["model"] == {"source": {"identifier": "HuggingFaceTB/SmolLM2-135M-Instruct"}}
     spec["model"]["source"]["identifier"] = str(model)
     spec["training"] |= training
@@ -192,14 +191,14 @@ def test_dpo_raises_the_margin_of_the_chosen_answers(trainer: World, tiny: Path)
 
 
 def test_ppo_raises_the_mean_reward(trainer: World, tiny: Path):
-    pace = {"learning_rate": 3e-3, "gradient_accumulation_steps": 8, "num_mini_batches": 4, "kl_coef": 0.001}
-    spec = example("ppo", tiny, **pace, trl={"lr_scheduler_type": "constant"})
+    pace = {"learning_rate": 3e-3, "gradient_accumulation_steps": 4, "num_mini_batches": 4, "kl_coef": 0.001}
+    spec = example("ppo", tiny, max_steps=10, **pace, trl={"lr_scheduler_type": "constant"})
     spec["generation"]["max_new_tokens"] = 8
 
     end = train(trainer, spec, "checkpoints/final_model")
 
     rewards = logged(end, "objective/scores")
-    assert mean(rewards[-3:]) > rewards[0] + 0.3
+    assert mean(rewards[-3:]) > rewards[0] + 0.6
     assert end.result["train_metrics"]["final_reward"] == pytest.approx(rewards[-1])
     load_saved(end.folder / "checkpoints" / "final_model")
 

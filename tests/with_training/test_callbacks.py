@@ -207,6 +207,8 @@ def test_a_loss_that_is_no_number_ends_the_run(new_run: NewRun, logging_steps: i
     kept = last_complete(run.job.checkpoints_dir, run.job.identity)
     assert kept is not None
     assert kept.step == 3
+    found = "the last good checkpoint is" if logging_steps == 1 else "no finite loss was seen after it"
+    assert found in caught.value.message
     assert str(kept.path) in caught.value.message
     assert "learning rate" in caught.value.message
     assert verdict_on(caught.value).failure.reason == "diverged"

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,6 +137,13 @@ def test_hostile_names_cannot_break_the_card(new_run: NewRun, tiny_chat_dir: Pat
     assert "\n# `heading`" not in card.read_text()
 
 
+def test_names_of_modules_cannot_put_markup_into_the_card(new_run: NewRun, tiny_chat_dir: Path):
+    run = new_run("lora_sft", lora={"target_modules": ["q_proj", "<img src=x>|\x1b[31m\u202e\n# red"]})
+    save_final(run, built_trainer(run, tiny_chat_dir, lora=True))
+    card = (run.job.out_dir / "final_lora" / "README.md").read_text()
+    assert "q_proj, &lt;img src=x>\\|[31m # red |\n" in card
+
+
 def test_an_address_with_a_secret_is_not_in_the_card(new_run: NewRun, tiny_chat_dir: Path, tmp_path: Path):
     file = tmp_path / "data.jsonl"
     run = new_run(data={"jsonl": {"url": "https://user:secret@host/data?token=secret"}}, inputs={"data.jsonl": file})
@@ -151,6 +159,23 @@ def test_what_an_earlier_run_left_is_replaced(new_run: NewRun, tiny_chat_dir: Pa
     save_final(run, built_trainer(run, tiny_chat_dir))
     assert not (run.job.out_dir / "final_model" / "stale.safetensors").exists()
     assert not list(run.job.out_dir.glob(".final_model*"))
+
+
+@pytest.mark.parametrize("leads_somewhere", [True, False])
+def test_a_link_in_the_place_of_the_model_is_replaced_not_followed(
+    new_run: NewRun, tiny_chat_dir: Path, tmp_path: Path, *, leads_somewhere: bool
+):
+    run = new_run()
+    elsewhere = tmp_path / "elsewhere"
+    if leads_somewhere:
+        elsewhere.mkdir()
+        (elsewhere / "precious").write_text("kept")
+    for name in ("final_model", ".final_model.partial", ".final_model.old"):
+        (run.job.out_dir / name).symlink_to(elsewhere)
+    save_final(run, built_trainer(run, tiny_chat_dir))
+    assert (run.job.out_dir / "final_model" / "model.safetensors").is_file()
+    assert not any(path.is_symlink() for path in run.job.out_dir.iterdir())
+    assert not leads_somewhere or [path.name for path in elsewhere.iterdir()] == ["precious"]
 
 
 def test_nothing_is_saved_if_the_task_wants_nothing(new_run: NewRun, tiny_chat_dir: Path):
@@ -175,3 +200,16 @@ def test_a_full_disk_leaves_the_earlier_model_and_no_half_one(
         save_final(run, built_trainer(run, tiny_chat_dir))
     assert (run.job.out_dir / "final_model" / "model.safetensors").read_bytes() == before
     assert not list(run.job.out_dir.glob(".final_model*"))
+
+
+def test_the_parts_of_fsdp_are_put_together(new_run: NewRun, tiny_chat_dir: Path):
+    run = new_run()
+    built = built_trainer(run, tiny_chat_dir)
+    asked: list[str] = []
+    plugin = SimpleNamespace(set_state_dict_type=asked.append)
+    built.trainer.accelerator = SimpleNamespace(  # type: ignore[attr-defined]
+        state=SimpleNamespace(fsdp_plugin=plugin), unwrap_model=lambda model, **_: model
+    )
+    save_final(run, built)
+    assert asked == ["FULL_STATE_DICT"]
+    assert (run.job.out_dir / "final_model" / "model.safetensors").is_file()

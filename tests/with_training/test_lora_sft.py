@@ -116,6 +116,20 @@ def test_resume_from_path_may_be_an_adapter_too(make_run: RunMaker, half_trained
     assert done.warnings == []
 
 
+def test_code_of_an_adapters_tokenizer_is_not_run(make_run: RunMaker, half_trained: Trained, tmp_path: Path):
+    assert half_trained.folder is not None
+    adapter = shutil.copytree(half_trained.folder, tmp_path / "adapter")
+    file = adapter / "tokenizer_config.json"
+    own_code = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **own_code}))
+    (adapter / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass OwnTokenizer: pass\n")
+    model = {"source": {"identifier": str(half_trained.run.spec.model.source.identifier), "trust_remote_code": True}}
+    run = make_run("lora_sft", model=model, data=DATA, training={"resume_from_path": str(adapter)})
+    with pytest.raises(ModelLoadError, match="custom code"):
+        load_tokenizer(run)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_an_adapter_for_whole_weights_is_refused(make_run: RunMaker, half_trained: Trained):
     assert half_trained.folder is not None
     run = make_run(

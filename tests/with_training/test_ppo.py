@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from training_models import Trained, build, make_tiny_llama, train
+from training_models import CONTEXT, Trained, build, make_tiny_llama, train
 
 from executors.errors import BadDataError, BadSpecError
 from executors.training.ppo_batches import PromptRows, SeededBatches
@@ -94,6 +94,10 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(make_run: RunMaker):
     assert resumed.steps == whole.steps == 4
     assert state.max_steps == 4
     assert [log["episode"] for log in state.log_history] == [8, 16, 24, 32]
+    tokens = [log["num_tokens"] for log in whole.built.trainer.state.log_history]
+    assert tokens == sorted(tokens)
+    assert 32 * 4 < tokens[-1] < 32 * (CONTEXT + 8)
+    assert [log["num_tokens"] for log in state.log_history] == tokens
     assert rewards(resumed) == rewards(whole)
     assert same(weights_of(resumed), weights_of(whole))
     assert resumed.run.tell.steps[0] == (2, 4)

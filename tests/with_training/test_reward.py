@@ -10,6 +10,8 @@ import pytest
 from training_models import Trained, build, train
 
 from executors.errors import BadDataError
+from executors.training.base_models import load_classifier, load_tokenizer, lora_config
+from executors.training.ppo_training import _value_model
 from executors.training.training_job import ResumePoint
 from executors.training.training_run import TrainingRun
 
@@ -122,3 +124,24 @@ def test_pairs_that_are_too_long_are_left_out(make_run: RunMaker):
 
     with pytest.raises(BadDataError, match="none of the 1 pairs fits"):
         build(make_run("reward", data={"preferences": [long]}, training=FAST))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16")])
+def test_heads_over_frozen_16_bit_weights_are_trained_in_32_bits(make_run: RunMaker, precision: str, dtype: str):
+    """As on a GPU: a small learning rate would be lost in 16 bits, and fp16 gradients cannot be unscaled."""
+    import peft
+    import torch
+
+    run = make_run("reward", data={"preferences": PAIRS}, training={precision: True}, lora={})
+    run.job = run.job.model_copy(update={"use_cpu": False})
+    tokenizer = load_tokenizer(run)
+    loaded = load_classifier(run, tokenizer)
+    config = lora_config(run, loaded)
+    for model in (peft.get_peft_model(loaded, config), _value_model(run, tokenizer, config)):
+        weights = dict(model.named_parameters())
+        trained = {name: weight.dtype for name, weight in weights.items() if weight.requires_grad}
+        assert any("score" in name for name in trained)
+        assert any("lora_" in name for name in trained)
+        assert set(trained.values()) == {torch.float32}
+        assert getattr(torch, dtype) in {weight.dtype for weight in weights.values()}
+        assert model(**tokenizer(["a text"], return_tensors="pt")).logits.dtype == torch.float32

@@ -120,6 +120,13 @@ def test_the_logit_of_a_label(sentiment: Path):
     assert scores == pytest.approx([(found[2] - found[0]) / 2 for found in expected], abs=1e-4)
 
 
+def test_a_tokenizer_cannot_take_in_other_files(one_score: Path, tmp_path: Path):
+    model = shutil.copytree(one_score, tmp_path / "model")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "vocab": "/etc/hostname"}')
+    with pytest.raises(ModelLoadError, match="names a file of this host as its vocab"):
+        load(model)
+
+
 def test_labels_that_do_not_tell_are_listed(unnamed: Path, one_score: Path):
     with pytest.raises(BadSpecError, match=r"positive_label is missing.*0: LABEL_0, 1: LABEL_1"):
         load(unnamed, type="sentiment")

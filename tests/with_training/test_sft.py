@@ -8,6 +8,7 @@ import pytest
 from training_models import CONTEXT, RunMaker, answer, build, load_saved, stop_after, train
 
 from executors.errors import BadDataError, BadSpecError, ModelLoadError
+from executors.safetensors_headers import read_headers
 from executors.training.base_models import load_causal_lm, load_classifier, load_tokenizer
 from executors.training.training_job import ResumePoint
 
@@ -298,3 +299,25 @@ def test_a_missing_pad_token_is_found(make_run: RunMaker, tiny_chat_dir: Path, t
     del config["pad_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     assert load_tokenizer(make_run("sft", model=folder, data={"prompts": SENTENCES})).pad_token == "<pad>"
+
+
+@pytest.mark.parametrize("key", ["vocab", "merges"])
+def test_a_tokenizer_cannot_take_in_other_files(make_run: RunMaker, tiny_chat_dir: Path, tmp_path: Path, key: str):
+    """Else their lines would be tokens, and lie in the final model's tokenizer.json."""
+    private = tmp_path / "private.txt"
+    private.write_text("password\n")
+    model = shutil.copytree(tiny_chat_dir, tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", key: str(private)}))
+    with pytest.raises(ModelLoadError, match=f"names a file of this host as its {key}"):
+        load_tokenizer(make_run("sft", model=model, data={"prompts": ["a"]}))
+
+
+def test_an_index_cannot_take_in_weights_from_elsewhere(make_run: RunMaker, tiny_chat_dir: Path, tmp_path: Path):
+    model = shutil.copytree(tiny_chat_dir, tmp_path / "model")
+    (model / "model.safetensors").rename(tmp_path / "private.safetensors")
+    index = {"weight_map": dict.fromkeys(read_headers(tiny_chat_dir), "../private.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    run = make_run("sft", model=model, data={"prompts": ["a"]})
+    with pytest.raises(ModelLoadError, match="expected one in the same folder"):
+        load_causal_lm(run, load_tokenizer(run))

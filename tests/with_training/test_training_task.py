@@ -134,6 +134,19 @@ def test_of_two_groups_of_two_ranks_one_is_killed_and_the_other_ends_well(run: R
     assert {child.pid for child in psutil.Process().children(recursive=True)} == before
 
 
+def test_nothing_is_written_or_removed_behind_links(run: Run, tmp_path: Path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "checkpoint-7").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    for name in ("checkpoints", "_scratch"):
+        (tmp_path / "out" / name).symlink_to(elsewhere)
+
+    run(max_steps=2)
+
+    assert [path.name for path in elsewhere.iterdir()] == ["checkpoint-7"]
+    assert (tmp_path / "out" / "checkpoints" / "checkpoint-2").is_dir()
+
+
 def test_bad_data_is_told_without_a_log(run: Run, tmp_path: Path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"wrong": "column"}\n')

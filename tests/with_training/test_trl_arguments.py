@@ -1,6 +1,7 @@
 import importlib
 import importlib.util
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -183,6 +184,16 @@ def test_what_is_not_for_tasks_to_set(make_run: RunMaker, field: str, value: obj
     assert instead in text
 
 
+@pytest.mark.parametrize("key", ["max_new_tokens", "temperature", "do_sample"])
+def test_what_generation_says_cannot_be_said_otherwise(make_run: RunMaker, key: str):
+    rewarded = {"data": {"prompts": ["a"]}, "reward_functions": ["json_valid"]}
+    run = make_run("grpo", training={"trl": {"generation_kwargs": {"top_k": 5}}}, **rewarded)
+    assert trl_arguments(run, config_of("grpo")).generation_kwargs == {"top_k": 5}
+    run = make_run("grpo", training={"trl": {"generation_kwargs": {key: 1}}}, **rewarded)
+    with pytest.raises(BadSpecError, match=rf"generation_kwargs\.{key} is not for tasks.*spec\.generation"):
+        trl_arguments(run, config_of("grpo"))
+
+
 def test_secrets_are_not_shown(make_run: RunMaker):
     assert "hf_secret" not in sft_error(make_run, trl={"hub_token": "hf_secret"})
 
@@ -294,7 +305,9 @@ def test_a_deepspeed_configuration_as_object_text_or_file(
         ("[" * 100_000, "spec.training.deepspeed"),
         ('{"a": ' * 100_000, "is no JSON"),
         ({"tensorboard": {"enabled": True}}, "spec.training.deepspeed.tensorboard is not for tasks"),
-        ({"zero_optimization": {"offload_param": {"nvme_path": "/x"}}}, "offload_param.nvme_path is '/x'"),
+        ({"zero_optimization": {"offload_param": {"device": "/x"}}}, "offload_param.device is '/x'"),
+        ({"zero_optimization": {"offload_param": {"nvme_path": ".."}}}, "offload_param.nvme_path is not for tasks"),
+        ({"flops_profiler": {"enabled": True, "output_file": "profile"}}, "flops_profiler.output_file is not for"),
     ],
 )
 def test_deepspeed_configurations_that_are_refused(
@@ -305,6 +318,16 @@ def test_deepspeed_configurations_that_are_refused(
     with pytest.raises(BadSpecError) as caught:
         sharding_arguments(run)
     assert words in caught.value.message
+
+
+def test_a_named_pipe_is_no_deepspeed_configuration(
+    make_run: RunMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    installed(monkeypatch, deepspeed=True)
+    os.mkfifo(tmp_path / "zero.json")  # opening it would wait for ever
+    run = with_gpus(make_run("sft", data=TEXTS, training={"deepspeed": str(tmp_path / "zero.json")}))
+    with pytest.raises(BadSpecError, match="no regular file"):
+        sharding_arguments(run)
 
 
 def test_fsdp(make_run: RunMaker):

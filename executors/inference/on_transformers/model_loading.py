@@ -19,6 +19,7 @@ from executors.inference.on_transformers.transformers_adapters import check_adap
 from executors.inference.prompt_rendering import PromptRenderer
 from executors.lora.lora_adapters import Adapter, identity
 from executors.lora.lora_merging import merge_into
+from executors.tokenizer_check import check_tokenizer_config
 from executors.weights_source import WeightsSource, find_weights, hub_options
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ def load_model(
     options = _weight_options(spec, source)
     base = source.base or source
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base.location, **hub_options(spec, policy, base))
+        tokenizer_options = hub_options(spec, policy, base)
+        check_tokenizer_config(base.location, **tokenizer_options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base.location, **tokenizer_options)
         model = _load_weights(spec, policy, source, options)
     except ImportError as error:
         raise MissingLibraryError(

@@ -27,6 +27,7 @@ from executors.inference.prompt_rendering import PromptRenderer
 from executors.lora.lora_adapters import Adapter
 from executors.output_tail import OutputTail, means_no_memory, means_small_share
 from executors.safetensors_headers import TensorFacts, read_headers
+from executors.tokenizer_check import check_tokenizer_config
 from executors.weights_source import WeightsSource, hub_options
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def _load_tokenizer(
     options = hub_options(spec, policy, source)
     try:
         config = transformers.AutoConfig.from_pretrained(source.location, **options)
+        check_tokenizer_config(source.location, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **options)
         try:
             ends = transformers.GenerationConfig.from_pretrained(source.location, **options).eos_token_id

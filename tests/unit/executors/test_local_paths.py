@@ -129,3 +129,10 @@ def test_a_long_name_below_the_root_is_no_crash(root: Path):
     assert find_local("a" * 300, "spec.x", policy(root)) is None  # the hub may have it
     with pytest.raises(BadSpecError, match=r"spec\.x is "):
         confine("e" * 300, "spec.x", policy(root))
+
+
+def test_a_hub_name_that_is_a_path_where_the_worker_runs_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(root.parent)  # libraries would open that folder, though no root allows it
+    with pytest.raises(BadSpecError, match="where this worker runs"):
+        find_local("outside", "f", policy(root))
+    assert find_local("org/model", "f", policy(root)) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -143,6 +144,38 @@ def test_the_death_of_one_rank_ends_the_others(tmp_path: Path, monkeypatch: pyte
 
     assert "rank 1 ended without a word" in caught.value.failure.message
     assert children() == before
+
+
+class LosesTheSecond(RecordingReport):
+    """Kills rank 1 when both are at work; rank 0 then fails too, and the launcher hears of both at once."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        self._pids: dict[str, int] = {}
+
+    def log(self, level: LogLevel, message: str) -> None:
+        super().log(level, message)
+        name, found, pid = message.partition(" works as pid ")
+        if found:
+            self._pids[name] = int(pid)
+        if not found or len(self._pids) < 2:
+            return
+        second = psutil.Process(self._pids["rank 1"])
+        second.kill()
+        wait_until(lambda: second.status() == psutil.STATUS_ZOMBIE or not second.is_running(), "rank 1 is dead")
+        os.kill(self._pids["rank 0"], signal.SIGUSR1)
+        wait_until(lambda: "it has said so" in (self._folder / "torchrun.log").read_text(), "rank 0 has failed")
+
+
+def test_the_death_of_a_rank_counts_more_than_what_follows_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rank_group, "_STATUS_SEC", 0.1)
+    command = several("fails_when_told", "works_on")
+    with pytest.raises(ReportedFailureError) as caught:
+        RankGroup(command, 2, job_in(tmp_path, ranks=2), tmp_path, LosesTheSecond(tmp_path)).run()
+
+    assert caught.value.failure.reason == "engine_crash"
+    assert "rank 1 ended without a word" in caught.value.failure.message
 
 
 def test_torchrun_is_believed_about_how_a_rank_ended(tmp_path: Path):

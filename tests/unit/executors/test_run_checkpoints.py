@@ -12,6 +12,7 @@ import pytest
 from executors.contract import EnginePolicy
 from executors.errors import BadSpecError
 from executors.model_spec import CHECKPOINT
+from executors.training import run_checkpoints
 from executors.training.run_checkpoints import (
     COMPLETE_FILE,
     identity_of,
@@ -257,6 +258,11 @@ def test_what_decides_the_weights_changes_the_identity(change: dict[str, object]
     assert identity_of(spec_of(**change), {}) != identity_of(spec_of(), {})
 
 
+def test_another_number_of_processes_is_another_run():
+    """A step takes another number of rows then, so that steps cannot be counted on."""
+    assert identity_of(spec_of(), {}, ranks=2) != identity_of(spec_of(), {})
+
+
 def test_the_kind_changes_the_identity():
     assert identity_of(spec_of("lora_sft"), {}) != identity_of(spec_of("sft"), {})
 
@@ -287,3 +293,70 @@ def test_a_model_on_this_worker_counts_by_its_content(tmp_path: Path):
     assert identity_of(spec, {}, policy) == first
     weights.write_bytes(tensors_file(16))
     assert identity_of(spec, {}, policy) != first
+
+
+@pytest.mark.parametrize("inner", ["global_step7/states.pt", "pytorch_model_fsdp_0/.metadata", ".metadata"])
+def test_a_named_checkpoint_whose_reader_unpickles_is_for_workers_that_allow_code(tmp_path: Path, inner: str):
+    named = make_checkpoint(tmp_path, 7, identity=None)
+    (named / inner).parent.mkdir(exist_ok=True)
+    (named / inner).write_bytes(b"pickle")
+    spec = spec_of(training={"resume_from_path": str(named), "fsdp": True})
+    policy = EnginePolicy(allowed_roots=(tmp_path,))
+    with pytest.raises(BadSpecError, match="may run code when it is read"):
+        prepare_resume(tmp_path / "run", "mine", spec, policy)
+    allowed = policy.model_copy(update={"allow_remote_code": True})
+    point = prepare_resume(tmp_path / "run", "mine", spec, allowed).point
+    assert point is not None
+    assert point.path == named
+
+
+@pytest.mark.parametrize("step", [10**30, -1, True, 1.5, "7", None])
+def test_a_named_checkpoint_must_say_a_number_of_steps(tmp_path: Path, step: object):
+    named = make_checkpoint(tmp_path, 7, identity=None)
+    (named / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    spec = spec_of(training={"resume_from_path": str(named)})
+    with pytest.raises(BadSpecError, match="expected a number of steps"):
+        prepare_resume(tmp_path / "run", "mine", spec, EnginePolicy(allowed_roots=(tmp_path,)))
+
+
+def test_a_folder_of_too_many_files_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_checkpoints, "_MOST_FILES", 3)
+    policy = EnginePolicy(allowed_roots=(tmp_path,))
+    spec = spec_of(data={"dataset_name": "."})
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    assert identity_of(spec, {}, policy)
+    (tmp_path / "d").write_text("d")
+    with pytest.raises(BadSpecError, match="more than 3 files"):
+        identity_of(spec, {}, policy)
+
+
+def test_of_much_data_only_a_part_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """However many files there are: whoever names the folder of all results must not keep the worker busy for hours."""
+    limit = 64 * 2**20
+    monkeypatch.setattr(run_checkpoints, "_READ_WHOLE", limit)
+    for number in range(4):
+        with (tmp_path / f"{number}.bin").open("wb") as file:
+            file.truncate(limit - 1)
+    spec, policy = spec_of(data={"dataset_name": "."}), EnginePolicy(allowed_roots=(tmp_path,))
+    first = identity_of(spec, {}, policy)
+    before = _read_so_far()
+    assert identity_of(spec, {}, policy) == first
+    assert _read_so_far() - before < limit + 2**20
+    with (tmp_path / "2.bin").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    assert identity_of(spec, {}, policy) != first
+
+
+def test_a_link_to_a_file_without_end_is_not_read(tmp_path: Path):
+    endless = Path("/proc/sys/kernel/random/uuid")  # of size 0, and other text each time
+    (tmp_path / "rows.json").symlink_to(endless)
+    spec, policy = spec_of(data={"dataset_name": "."}), EnginePolicy(allowed_roots=(tmp_path,))
+    assert endless.read_text() != endless.read_text()
+    assert identity_of(spec, {}, policy) == identity_of(spec, {}, policy)
+
+
+def _read_so_far() -> int:
+    """Bytes that this process has read."""
+    return int(Path("/proc/self/io").read_text().split()[1])

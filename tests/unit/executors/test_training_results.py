@@ -121,6 +121,7 @@ def test_the_result_has_the_keys_of_the_contract(tmp_path: Path):
         "seed": 42,
         "devices": {"ranks": 2, "gpus": ["GPU-aa", "GPU-bb"], "why": "2 GPUs"},
     }
+    assert isinstance(output.result["train_metrics"]["steps"], int), "counts are whole numbers in JSON too"
     assert output.warnings == ["a", "b"]
     (artifact,) = output.artifacts
     assert (artifact.path, artifact.key, artifact.archive_always) == ("checkpoints/final_lora", "final_lora", True)

@@ -48,7 +48,9 @@ async def test_all_failing_lists_all(world: World):
     assert "WORKER_ALLOWED_ROOTS" in failure.hint
 
 
-@pytest.mark.parametrize("place", ["final_model", "final_lora", "checkpoints/final_model", "."])
+@pytest.mark.parametrize(
+    "place", ["final_model", "final_lora", "checkpoints/final_model", "checkpoints/final_lora", "."]
+)
 async def test_places_in_a_tasks_folder(world: World, place: str):
     folder = world.results / "77aa" / place
     made = model_folder(folder / "x").parent if place == "." else model_folder(folder)

@@ -90,8 +90,9 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         load(tmp_path, "{taskType: echo}", "t.json")
 
 
-@pytest.mark.parametrize("name", ["echo.yaml", "inference.yaml", "inference-structured.yaml"])
+@pytest.mark.parametrize("name", sorted(file.name for file in EXAMPLES.glob("*.yaml")))
 def test_the_examples_are_valid(name: str):
+    assert f"submit examples/{name} --wait" in (EXAMPLES / name).read_text(encoding="utf-8")
     spec = load_task(str(EXAMPLES / name))["spec"]
     assert isinstance(spec, dict)
     installed = [each for each in catalog.entries()[str(spec["taskType"])] if not catalog.missing_libraries(each)]
