@@ -19,8 +19,10 @@ demo: ## run a broker, a worker and one real inference task (KEEP=1: leave broke
 	@scripts/bootstrap.sh demo
 	@$(PYTHON) -m worker.commands.command_line demo $(if $(filter-out 0 no false,$(KEEP)),--keep) $(ARGS)
 
+# Most tests wait for other processes. A file's tests share what is slow to make, so they stay together; each process of
+# the tests, and what it starts, computes in one thread, so that they leave room for each other.
 test: setup ## run all tests, against a real broker and the real daemon; those with vLLM last
-	@$(PYTHON) -m pytest -m 'not vllm' $(ARGS) || $(NOTHING_CHOSEN)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -m 'not vllm' $(ARGS) || $(NOTHING_CHOSEN)
 	@$(PYTHON) -m pytest -m vllm $(ARGS) || $(NOTHING_CHOSEN)
 
 check: setup ## run what CI runs beside the tests: lint, format, types, generated pages, lock file

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from executors.contract import EnginePolicy
 from executors.errors import BadSpecError
-from executors.training.trainer_specs import TrainingSpec
+from executors.training.spec.trainer_specs import TrainingSpec
 
 
 @dataclass(frozen=True)

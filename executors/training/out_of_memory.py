@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from executors.contract import Failure
 from executors.gpu_memory import gib
-from executors.training.rank_group import RanksOutOfMemoryError
-from executors.training.trainer_specs import TrainingSpec
+from executors.training.ranks.rank_group import RanksOutOfMemoryError
+from executors.training.spec.trainer_specs import TrainingSpec
 from executors.training.training_job import TrainingJob
 
 

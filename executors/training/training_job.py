@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from executors.contract import EnginePolicy, JsonObject
-from executors.training.trainer_specs import SPEC_TYPES, TrainingKind, TrainingSpec
+from executors.training.spec.trainer_specs import SPEC_TYPES, TrainingKind, TrainingSpec
 
 
 class ResumePoint(BaseModel):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from executors.contract import EnginePolicy, LogLevel
-    from executors.training.trainer_specs import TrainingSpec
+    from executors.training.spec.trainer_specs import TrainingSpec
     from executors.training.training_job import TrainingJob
 
 
@@ -82,6 +82,7 @@ class TrainerLike(Protocol):
     args: Any
     model: Any
     processing_class: Any
+    create_model_card: Any
 
     def add_callback(self, callback: Any) -> None:  # noqa: ANN401 - transformers.TrainerCallback is heavy to import
         """Add a callback after those that are there."""

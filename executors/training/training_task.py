@@ -1,6 +1,7 @@
 """`taskType: sft`, `lora_sft`, `dpo`, `ppo`, `grpo` and `reward` (WIRE 4.4 to 4.7).
 
-The engine process only launches: the training itself runs in processes of its own (`executors.training.rank_process`).
+The engine process only launches: the training itself runs in processes of its own
+(`executors.training.ranks.rank_process`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from executors.contract import Executor, ExecutorTask, Failure, TaskOutput
 from executors.failure_report import ReportedFailureError
 from executors.training.device_plan import DevicePlan, plan_devices
 from executors.training.out_of_memory import memory_failure, retry_warning, smaller_job
-from executors.training.rank_command import rank_command
-from executors.training.rank_group import RankGroup, RanksOutOfMemoryError
-from executors.training.run_checkpoints import identity_of, prepare_resume
-from executors.training.trainer_specs import (
+from executors.training.ranks.rank_command import rank_command
+from executors.training.ranks.rank_group import RankGroup, RanksOutOfMemoryError
+from executors.training.saving.run_checkpoints import identity_of, prepare_resume
+from executors.training.spec.trainer_specs import (
     DpoSpec,
     GrpoSpec,
     LoraSftSpec,

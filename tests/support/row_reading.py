@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from executors.contract import EnginePolicy
-from executors.training.trainer_specs import SPEC_TYPES, TrainingKind
-from executors.training.training_data_spec import JSONL
+from executors.training.rows.training_rows import read_rows
+from executors.training.spec.trainer_specs import SPEC_TYPES, TrainingKind
+from executors.training.spec.training_data_spec import JSONL
 from executors.training.training_job import TrainingJob
-from executors.training.training_rows import read_rows
 from executors.training.training_run import TrainingRun
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ def trainers_in(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     found = []
     for process in processes:
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            if "executors.training.rank_process" in process.cmdline():
+            if "executors.training.ranks.rank_process" in process.cmdline():
                 found.append(process)
     return found
 

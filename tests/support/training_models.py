@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from executors.contract import EnginePolicy, JsonObject, LogLevel
+from executors.training.monitoring.training_callbacks import train_to_end
+from executors.training.rows.training_rows import read_rows
+from executors.training.saving.final_model import save_final
+from executors.training.trainers.trainer_building import build_trainer
 from executors.training.training_job import ResumePoint, TrainingJob
 from executors.training.training_run import BuiltTrainer, TrainingRun
 
@@ -24,15 +27,6 @@ CHAT_TEMPLATE: Final = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-
-_BUILDERS: Final = {
-    "sft": ("sft_training", "build_sft"),
-    "lora_sft": ("sft_training", "build_sft"),
-    "dpo": ("preference_training", "build_dpo"),
-    "reward": ("preference_training", "build_reward"),
-    "ppo": ("ppo_training", "build_ppo"),
-    "grpo": ("grpo_training", "build_grpo"),
-}
 
 
 def make_tiny_tokenizer(*, chat: bool = True) -> Any:  # noqa: ANN401 - a heavy type
@@ -140,7 +134,7 @@ def run_for(
         inputs: what the daemon has found or fetched.
         resume: the checkpoint to continue from.
     """
-    from executors.training.trainer_specs import SPEC_TYPES  # noqa: PLC0415 - light users of this module need no specs
+    from executors.training.spec.trainer_specs import SPEC_TYPES  # noqa: PLC0415 - light users of this module need no specs
 
     (out_dir / "artifacts").mkdir(parents=True, exist_ok=True)
     spec = SPEC_TYPES[kind].model_validate(sent_spec)
@@ -163,15 +157,7 @@ def run_for(
 
 def build(run: TrainingRun, *, scratch: Path | None = None) -> BuiltTrainer:
     """Read the rows and make the trainer, callbacks included."""
-    rows_of = importlib.import_module("executors.training.training_rows").read_rows
-    callbacks_for = importlib.import_module("executors.training.training_callbacks").callbacks_for
-    module, function = _BUILDERS[run.job.kind]
-    builder = getattr(importlib.import_module(f"executors.training.{module}"), function)
-    rows = rows_of(run, scratch or Path(tempfile.mkdtemp(prefix="scratch-", dir=run.job.out_dir)))
-    built: BuiltTrainer = builder(run, rows)
-    for callback in callbacks_for(run):
-        built.trainer.add_callback(callback)
-    return built
+    return build_trainer(run, read_rows(run, scratch or Path(tempfile.mkdtemp(prefix="scratch-", dir=run.job.out_dir))))
 
 
 @dataclass(frozen=True)
@@ -210,8 +196,6 @@ def train(run: TrainingRun, *callbacks: object) -> Trained:
         run: the run.
         callbacks: of the test, beside those that each run has.
     """
-    save_final = importlib.import_module("executors.training.final_model").save_final
-    train_to_end = importlib.import_module("executors.training.training_callbacks").train_to_end
     built = build(run)
     for callback in callbacks:
         built.trainer.add_callback(callback)

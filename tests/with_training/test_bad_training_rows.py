@@ -8,8 +8,8 @@ import pytest
 from row_reading import lines, read, read_jsonl, write_jsonl
 
 from executors.errors import BadDataError, BadSpecError
-from executors.training import jsonl_rows
-from executors.training.trainer_specs import TrainingKind
+from executors.training.rows import jsonl_rows
+from executors.training.spec.trainer_specs import TrainingKind
 
 pytestmark = pytest.mark.model
 

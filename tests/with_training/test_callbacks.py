@@ -18,9 +18,9 @@ from training_models import RecordingRankReport, RunMaker, stop_after
 
 from executors.errors import DivergedError
 from executors.failure_report import verdict_on
-from executors.training.loss_curve import CURVE_FILE, METRICS_FILE
-from executors.training.run_checkpoints import last_complete, prepare_resume
-from executors.training.training_callbacks import callbacks_for, train_to_end
+from executors.training.monitoring.loss_curve import CURVE_FILE, METRICS_FILE
+from executors.training.monitoring.training_callbacks import callbacks_for, train_to_end
+from executors.training.saving.run_checkpoints import last_complete, prepare_resume
 from executors.training.training_job import ResumePoint
 from executors.training.training_run import BuiltTrainer, TrainingRun
 
@@ -310,7 +310,7 @@ def test_a_tracker_that_breaks_costs_one_warning(new_run: NewRun, monkeypatch: p
     def break_down(*_arguments: object) -> None:
         raise ConnectionError("the network is down")
 
-    monkeypatch.setattr("executors.training.trackers.TensorBoard.log", break_down)
+    monkeypatch.setattr("executors.training.monitoring.trackers.TensorBoard.log", break_down)
     run = new_run(report_to=["tensorboard"])
     built = train(run)
     assert built.trainer.state.global_step == 6
@@ -322,7 +322,7 @@ def test_a_curve_that_cannot_be_drawn_costs_a_warning(new_run: NewRun, monkeypat
     def break_down(*_arguments: object) -> None:
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("executors.training.loss_curve._draw", break_down)
+    monkeypatch.setattr("executors.training.monitoring.loss_curve._draw", break_down)
     run = new_run(save_strategy="no")
     assert train(run).trainer.state.global_step == 6
     assert told(run).warnings == ["artifacts/training.png could not be drawn: RuntimeError: no fonts"]

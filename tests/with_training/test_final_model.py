@@ -14,7 +14,7 @@ import yaml
 from training_models import RunMaker
 
 from executors.model_spec import CHECKPOINT
-from executors.training.final_model import save_final
+from executors.training.saving.final_model import save_final
 from executors.training.training_run import BuiltTrainer, TrainingRun
 
 

@@ -10,7 +10,7 @@ import pytest
 from training_models import RunMaker, Trained, answer, build, make_tiny_llama, stop_after, train
 
 from executors.errors import BadSpecError, ModelLoadError
-from executors.training.base_models import load_causal_lm, load_classifier, load_tokenizer, lora_config
+from executors.training.trainers.base_models import load_causal_lm, load_classifier, load_tokenizer, lora_config
 from executors.training.training_job import ResumePoint
 
 SENTENCES = [

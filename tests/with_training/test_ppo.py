@@ -11,7 +11,7 @@ import pytest
 from training_models import CONTEXT, Trained, build, make_tiny_llama, train
 
 from executors.errors import BadDataError, BadSpecError
-from executors.training.ppo_batches import PromptRows, SeededBatches
+from executors.training.trainers.ppo_batches import PromptRows, SeededBatches
 from executors.training.training_job import ResumePoint
 from executors.training.training_run import TrainingRun
 

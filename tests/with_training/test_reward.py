@@ -10,8 +10,8 @@ import pytest
 from training_models import Trained, build, train
 
 from executors.errors import BadDataError
-from executors.training.base_models import load_classifier, load_tokenizer, lora_config
-from executors.training.ppo_training import _value_model
+from executors.training.trainers.base_models import load_classifier, load_tokenizer, lora_config
+from executors.training.trainers.ppo_training import _value_model
 from executors.training.training_job import ResumePoint
 from executors.training.training_run import TrainingRun
 

@@ -12,10 +12,10 @@ from training_models import CONTEXT, build, make_tiny_llama, make_tiny_tokenizer
 
 from executors.contract import EnginePolicy
 from executors.errors import BadSpecError, ExecutorError, ModelLoadError
-from executors.training.ppo_batches import PromptRows, SeededBatches
-from executors.training.reward_scoring import TextScorer, load_scorer
-from executors.training.text_rewards import RewardSum, TextBackbone, reward_module
-from executors.training.trainer_specs import RewardModelOptions
+from executors.training.rewards.reward_scoring import TextScorer, load_scorer
+from executors.training.rewards.text_rewards import RewardSum, TextBackbone, reward_module
+from executors.training.spec.trainer_specs import RewardModelOptions
+from executors.training.trainers.ppo_batches import PromptRows, SeededBatches
 from executors.training.training_run import TrainingRun
 
 RunMaker = Callable[..., TrainingRun]

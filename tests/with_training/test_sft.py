@@ -9,7 +9,7 @@ from training_models import CONTEXT, RunMaker, answer, build, load_saved, stop_a
 
 from executors.errors import BadDataError, BadSpecError, ModelLoadError
 from executors.safetensors_headers import read_headers
-from executors.training.base_models import load_causal_lm, load_classifier, load_tokenizer
+from executors.training.trainers.base_models import load_causal_lm, load_classifier, load_tokenizer
 from executors.training.training_job import ResumePoint
 
 SENTENCES = [
@@ -102,7 +102,7 @@ def test_a_conversation_that_the_template_refuses_is_named(
     run = make_run("sft", model=folder, data={"messages": talks})
     with pytest.raises(BadDataError, match=r"row 2: .* refuses the conversation \(roles: user\): two turns only"):
         build(run)
-    monkeypatch.setattr("executors.training.sft_training.LOOKED_AT_FIRST", 1)
+    monkeypatch.setattr("executors.training.trainers.sft_training.LOOKED_AT_FIRST", 1)
     with pytest.raises(BadDataError, match="row 2: "):
         build(run)
 

@@ -7,9 +7,9 @@ import pytest
 from row_reading import lines, read, read_jsonl, reading_run, write_jsonl
 
 from executors.errors import BadDataError, BadSpecError
-from executors.training.trainer_specs import TrainingKind
-from executors.training.training_data_spec import JSONL
-from executors.training.training_rows import clipped_batch, describe, read_rows
+from executors.training.rows.training_rows import clipped_batch, describe, read_rows
+from executors.training.spec.trainer_specs import TrainingKind
+from executors.training.spec.training_data_spec import JSONL
 
 pytestmark = pytest.mark.model
 

@@ -18,7 +18,7 @@ from training_models import RunMaker
 from executors.contract import EnginePolicy, ExecutorTask, TaskOutput
 from executors.errors import TaskCancelledError
 from executors.failure_report import ReportedFailureError
-from executors.training.rank_process import _find_gpu
+from executors.training.ranks.rank_process import _find_gpu
 from executors.training.training_task import SftTraining, TrainingTask
 
 SENTENCES = ["the sky is blue", "grass is green", "snow is white", "coal is black"]

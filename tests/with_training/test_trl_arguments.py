@@ -9,9 +9,9 @@ import pytest
 from training_models import RecordingRankReport, RunMaker
 
 from executors.errors import BadSpecError, MissingLibraryError
-from executors.training.sharding import sharding_arguments, zero_configuration
+from executors.training.trainers.sharding import sharding_arguments, zero_configuration
+from executors.training.trainers.trl_arguments import trl_arguments
 from executors.training.training_run import TrainingRun
-from executors.training.trl_arguments import trl_arguments
 
 TEXTS = {"prompts": ["a text"]}
 PAIRS = {"preferences": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}

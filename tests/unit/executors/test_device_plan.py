@@ -7,7 +7,7 @@ import pytest
 from executors.contract import EnginePolicy
 from executors.errors import BadSpecError
 from executors.training.device_plan import DevicePlan, plan_devices
-from executors.training.trainer_specs import SPEC_TYPES
+from executors.training.spec.trainer_specs import SPEC_TYPES
 
 FOUR = ("GPU-aa", "GPU-bb", "GPU-cc", "GPU-dd")
 

@@ -20,8 +20,8 @@ from waiting_until import wait_until
 from executors.contract import EnginePolicy, LogLevel
 from executors.errors import TaskCancelledError
 from executors.failure_report import ReportedFailureError, verdict_on
-from executors.training import rank_group
-from executors.training.rank_group import RankGroup, RanksOutOfMemoryError
+from executors.training.ranks import rank_group
+from executors.training.ranks.rank_group import RankGroup, RanksOutOfMemoryError
 from executors.training.training_job import TrainingJob
 
 REPO = Path(__file__).resolve().parents[3]
@@ -231,7 +231,7 @@ def test_who_has_said_all_and_does_not_end_is_ended(tmp_path: Path, monkeypatch:
 
 
 def test_who_prints_is_known_to_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("executors.training.rank_logs._NEWS_SEC", 0.0)
+    monkeypatch.setattr("executors.training.ranks.rank_logs._NEWS_SEC", 0.0)
     report = CancelsAtNews()
 
     with pytest.raises(TaskCancelledError):
@@ -277,12 +277,12 @@ import sys
 from pathlib import Path
 sys.path.append("tests/support")
 from recording_report import RecordingReport
-from executors.training.rank_group import RankGroup
+from executors.training.ranks.rank_group import RankGroup
 from executors.training.training_job import TrainingJob
 RANK = '''
 import os, signal, sys
 from pathlib import Path
-from executors.training.rank_channel import RankChannel
+from executors.training.ranks.rank_channel import RankChannel
 folder = Path(sys.argv[2])
 (folder / "job").write_text(RankChannel(sys.argv[1], 0).job().model_dump_json())
 (folder / "new").write_text(str(os.getpid()))

@@ -3,14 +3,14 @@ from collections.abc import Mapping
 import pytest
 
 from executors.errors import BadDataError, BadSpecError
-from executors.training.reward_functions import (
+from executors.training.rewards.reward_functions import (
     REWARD_FUNCTIONS,
     Columns,
     WeightedReward,
     columns_read,
     reward_functions_for,
 )
-from executors.training.trainer_specs import GrpoSpec, RewardedSpec
+from executors.training.spec.trainer_specs import GrpoSpec, RewardedSpec
 
 
 def spec_with(*functions: object) -> RewardedSpec:

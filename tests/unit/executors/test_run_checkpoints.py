@@ -12,16 +12,16 @@ import pytest
 from executors.contract import EnginePolicy
 from executors.errors import BadSpecError
 from executors.model_spec import CHECKPOINT
-from executors.training import run_checkpoints
-from executors.training.run_checkpoints import (
+from executors.training.saving import run_checkpoints
+from executors.training.saving.run_checkpoints import (
     COMPLETE_FILE,
     identity_of,
     last_complete,
     mark_complete,
     prepare_resume,
 )
-from executors.training.trainer_specs import SPEC_TYPES, TrainingSpec
-from executors.training.training_data_spec import JSONL
+from executors.training.spec.trainer_specs import SPEC_TYPES, TrainingSpec
+from executors.training.spec.training_data_spec import JSONL
 
 Damage = Callable[[Path], None]
 

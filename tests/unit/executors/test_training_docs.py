@@ -9,9 +9,9 @@ import pytest
 import yaml
 from pydantic.fields import FieldInfo
 
-from executors.training.kind_options import PpoOptions, RewardedOptions
-from executors.training.trainer_specs import SPEC_TYPES, TrainingKind
-from executors.training.training_options import LoraOptions, TrainingOptions
+from executors.training.spec.kind_options import PpoOptions, RewardedOptions
+from executors.training.spec.trainer_specs import SPEC_TYPES, TrainingKind
+from executors.training.spec.training_options import LoraOptions, TrainingOptions
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
 KINDS = "|".join(SPEC_TYPES)

@@ -20,8 +20,8 @@ from executors.errors import BadSpecError
 from executors.failure_report import ReportedFailureError
 from executors.training import training_task
 from executors.training.device_plan import DevicePlan
-from executors.training.rank_command import rank_command
-from executors.training.trainer_specs import SPEC_TYPES
+from executors.training.ranks.rank_command import rank_command
+from executors.training.spec.trainer_specs import SPEC_TYPES
 from executors.training.training_job import ResumePoint, TrainingJob, TrainingOutcome
 from executors.training.training_results import library_versions, output_of, train_metrics
 from executors.training.training_task import SftTraining, TrainingTask
@@ -143,7 +143,7 @@ def test_one_process_is_started_directly_and_waits_for_no_other():
     assert "CUDA_VISIBLE_DEVICES=" in command
     assert ("-u", "WORLD_SIZE") in itertools.pairwise(command)
     assert not [word for word in command if word.startswith("OMP_NUM_THREADS")]
-    assert command[-3:] == ["executors.training.rank_process", "/s", "0"]
+    assert command[-3:] == ["executors.training.ranks.rank_process", "/s", "0"]
 
 
 def test_several_processes_share_the_cores_and_have_a_rendezvous_of_their_own():

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from executors.contract import EnginePolicy
 from executors.model_spec import CHECKPOINT
 from executors.task_spec import unknown_keys
-from executors.training.trainer_specs import (
+from executors.training.spec.trainer_specs import (
     SPEC_TYPES,
     DpoSpec,
     GrpoSpec,
@@ -17,7 +17,7 @@ from executors.training.trainer_specs import (
     TrainingSpec,
     spec_warnings,
 )
-from executors.training.training_data_spec import JSONL
+from executors.training.spec.training_data_spec import JSONL
 
 MODEL = {"source": {"identifier": "acme/tiny-lm"}}
 NOTHING_ALLOWED = EnginePolicy()

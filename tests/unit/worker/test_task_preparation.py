@@ -132,7 +132,7 @@ def test_unknown_names_in_the_mask_are_warned_of_with_the_known_ones(tmp_path: P
 
 
 def test_a_mask_that_leaves_nothing_is_refused(tmp_path: Path):
-    with pytest.raises(SettingsError, match="WORKER_EXECUTOR_MASK='poem' leaves no task type; known are: echo,"):
+    with pytest.raises(SettingsError, match="WORKER_EXECUTOR_MASK='poem' leaves no task type; known are: dpo, echo,"):
         preparation(tmp_path, worker_executor_mask=("poem",)).check_mask()
 
 

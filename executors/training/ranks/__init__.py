@@ -1,0 +1,1 @@
+"""The processes that train: how they are started, listened to and ended."""

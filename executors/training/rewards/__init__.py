@@ -1,0 +1,1 @@
+"""What scores answers in ppo and grpo."""

@@ -1,0 +1,1 @@
+"""`data` to rows that TRL's trainers take."""

@@ -1,0 +1,1 @@
+"""What stays on the disk: whole checkpoints, and the trained model."""

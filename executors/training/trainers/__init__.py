@@ -1,0 +1,1 @@
+"""Models and TRL's trainers, one builder for each kind of training."""
