@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -77,6 +77,9 @@ class ModelTaskSpec(TaskSpec):
         pydantic.ValidationError: neither a model nor a checkpoint is named.
     """
 
+    default_model: ClassVar[str] = ""
+    """How else a model may be named, as the end of a sentence."""
+
     model: WeightsSection = Field(default_factory=dict, validate_default=True)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
 
@@ -87,7 +90,7 @@ class ModelTaskSpec(TaskSpec):
         problem = PydanticCustomError(
             "missing_model",
             "is missing; expected a hub name such as 'org/model' or a path. "
-            "Set it or checkpoint.load in the task, or VLLM_MODEL or HF_MODEL at the worker",
+            f"Set it or checkpoint.load in the task{self.default_model}",
         )
         line = InitErrorDetails(type=problem, loc=("model", "source", "identifier"), input="")
         raise ValidationError.from_exception_data(type(self).__name__, [line])  # the only way to name a field from here

@@ -91,6 +91,8 @@ class InferenceSpec(ModelTaskSpec):
         pydantic.ValidationError: a value is wrong, or the model or the data is missing.
     """
 
+    default_model = ", or VLLM_MODEL or HF_MODEL at the worker"
+
     model: ModelSection = Field(default_factory=dict, validate_default=True)
     data: DataSection
     inference: InferenceOptions = Field(default_factory=InferenceOptions)
