@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
+from typing import Final
 
 from executors.contract import Failure
 from executors.errors import ExecutorError, Reason
@@ -20,6 +21,9 @@ _FULL_DISK = (
     ". unexpected pos ",
 )
 """Texts of errors that are no `OSError` and yet mean that a file could not be written, mostly for lack of room."""
+
+_LONGEST_TEXT: Final = 20_000
+"""Characters. Libraries may quote whole data in an error; its text goes into events, which all listeners get."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,11 @@ class ReportedFailureError(ExecutorError):
 
 def verdict_on(error: Exception) -> Verdict:  # noqa: PLR0911 - one return for each kind of ending reads best
     """Sort one exception."""
-    text = encodable(f"{type(error).__name__}: {error}")
+    text = _bounded(f"{type(error).__name__}: {error}")
     if isinstance(error, ReportedFailureError):
         return Verdict(error.failure, engine_usable=True)
     if isinstance(error, ExecutorError):
-        message, hint = encodable(error.message), encodable(error.hint)
+        message, hint = _bounded(error.message), _bounded(error.hint)
         failure = Failure(reason=error.reason, message=message, hint=hint, retryable=error.retryable)
         return Verdict(failure, engine_usable=error.engine_usable)
     # torch.OutOfMemoryError, recognised by name so that torch is not imported here.
@@ -83,6 +87,11 @@ def _means_disk_full(error: Exception) -> bool:
 def encodable(text: str) -> str:
     """The text without lone surrogates, which UTF-8 does not know and a broken tokenizer or file name can give."""
     return text.encode(errors="replace").decode()
+
+
+def _bounded(text: str) -> str:
+    text = encodable(text[: _LONGEST_TEXT + 1])
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"
 
 
 def _broken(reason: Reason, message: str, hint: str, *, retryable: bool) -> Verdict:

@@ -18,12 +18,14 @@ class DevicePlan:
         gpus: names of the GPUs, as many as there are ranks; empty: the CPU.
         why: one sentence for people.
         warnings: sentences for the person who sent the task.
+        grouped: whether the ranks form a group even where there is only one.
     """
 
     ranks: int
     gpus: tuple[str, ...]
     why: str
     warnings: tuple[str, ...] = ()
+    grouped: bool = False
 
     @property
     def use_cpu(self) -> bool:
@@ -111,7 +113,9 @@ def _on_gpus(spec: TrainingSpec, usable: tuple[str, ...]) -> DevicePlan:
             f"training.primary_gpu is {options.primary_gpu}; the GPUs to choose from are: {there}",
             hint="give a number of that list, or leave primary_gpu out",
         )
-    return DevicePlan(1, (usable[options.primary_gpu],), f"1 GPU, {_processes(1)}: {why}")
+    # DeepSpeed looks for MPI where it finds no group.
+    grouped = bool(options.deepspeed)
+    return DevicePlan(1, (usable[options.primary_gpu],), f"1 GPU, {_processes(1)}: {why}", grouped=grouped)
 
 
 def _most_ranks(spec: TrainingSpec, usable: tuple[str, ...]) -> tuple[int, str]:

@@ -17,6 +17,7 @@ from executors.training.device_plan import DevicePlan, plan_devices
 from executors.training.out_of_memory import memory_failure, retry_warning, smaller_job
 from executors.training.ranks.rank_command import rank_command
 from executors.training.ranks.rank_group import RankGroup, RanksOutOfMemoryError
+from executors.training.saving.final_model import drop_unfinished
 from executors.training.saving.run_checkpoints import identity_of, prepare_resume
 from executors.training.spec.trainer_specs import (
     DpoSpec,
@@ -122,7 +123,7 @@ def _run_ranks(job: TrainingJob, plan: DevicePlan, task: ExecutorTask[SpecT], co
         task.report.log("info", decision.note)
     logs = job.out_dir / "logs"
     logs.mkdir(exist_ok=True)
-    shutil.rmtree(job.scratch_dir, ignore_errors=True)  # of a run that was cut off
+    _tidy(job)  # after a run that was cut off
     try:
         group = RankGroup(
             lambda address: rank_command(plan, address, cores=cores),
@@ -133,7 +134,12 @@ def _run_ranks(job: TrainingJob, plan: DevicePlan, task: ExecutorTask[SpecT], co
         )
         return group.run()
     finally:
-        shutil.rmtree(job.scratch_dir, ignore_errors=True)
+        _tidy(job)
+
+
+def _tidy(job: TrainingJob) -> None:
+    shutil.rmtree(job.scratch_dir, ignore_errors=True)
+    drop_unfinished(job.out_dir)
 
 
 def _drop_links(job: TrainingJob) -> None:

@@ -100,6 +100,13 @@ class FakeRank:
         print("the last words", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def dies_while_saving(self) -> None:
+        out_dir = Path(self.begin()["out_dir"])
+        for folder in (out_dir / ".final_model.partial", out_dir / "checkpoints" / ".final_lora.partial"):
+            folder.mkdir(parents=True)
+            (folder / "model.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def exits(self) -> None:
         self.begin()
         os._exit(3)
@@ -126,6 +133,27 @@ class FakeRank:
     def chatty(self) -> None:
         print("loading", flush=True)
         self.begin()
+        signal.pause()
+
+    def floods(self) -> None:
+        """Print more than the log may hold, and fail once it was cut."""
+        self.begin()
+        print("x" * 400_000, flush=True)
+        self.say("progress", step=1, total=2)
+        while os.fstat(1).st_size > 300_000:
+            os.sched_yield()
+        print("the last words", flush=True)
+        self.fail("executor_error", "ValueError: no such thing")
+        signal.pause()
+
+    def writes(self) -> None:
+        """Write a file as a save does, and no word about it."""
+        self.begin()
+        self.file.write_text("weights")
+        signal.pause()
+
+    def takes_no_job(self) -> None:
+        self.say("hello", rank=self.rank, pid=os.getpid())
         signal.pause()
 
     def babbles(self) -> None:

@@ -118,6 +118,13 @@ def test_a_run_reports_its_steps_and_leaves_metrics_and_a_curve(new_run: NewRun)
     assert not told(run).warnings
 
 
+def test_a_long_step_is_heard_of_before_its_end(new_run: NewRun, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("executors.training.monitoring.training_callbacks._SECONDS_OF_SILENCE", 0.0)
+    run = new_run(max_steps=1)
+    train(run, gradient_accumulation_steps=3)
+    assert told(run).steps[:3] == [(0, 1)] * 3  # the beginning, and two of the three batches
+
+
 def test_the_last_step_is_logged_also_without_a_save(new_run: NewRun):
     run = new_run(save_strategy="no", max_steps=5)
     train(run)
@@ -267,6 +274,12 @@ def test_a_full_disk_is_known_by_what_safetensors_says(text: str):
     from safetensors import SafetensorError
 
     assert verdict_on(SafetensorError(text)).failure.reason == "disk_full"
+
+
+def test_an_error_that_quotes_its_data_stays_readable():
+    message = verdict_on(ValueError("x" * 10**7)).failure.message
+    assert message.startswith("ValueError: xxx")
+    assert len(message) < 30_000
 
 
 def test_tensorboard_gets_every_log(new_run: NewRun):

@@ -159,6 +159,16 @@ def test_bad_data_is_told_without_a_log(run: Run, tmp_path: Path):
     assert caught.value.failure.log_tail == ()
 
 
+def test_a_full_disk_below_the_log_is_told_as_what_it_is(run: Run, tmp_path: Path):
+    (tmp_path / "out" / "logs").mkdir(parents=True)
+    (tmp_path / "out" / "logs" / "rank0.log").symlink_to("/dev/full")
+
+    with pytest.raises(ReportedFailureError) as caught:
+        run()
+
+    assert (caught.value.failure.reason, caught.value.failure.retryable) == ("disk_full", True)
+
+
 def test_a_gpu_of_the_plan_that_is_not_there_is_a_fault(make_run: RunMaker):
     job = make_run("sft", data={"prompts": SENTENCES}).job.model_copy(update={"use_cpu": False, "ranks": 1000})
 

@@ -72,6 +72,7 @@ def test_options_reach_trl(make_run: RunMaker):
     arguments = trl_arguments(run, config_of("sft"), max_length=99)
     assert arguments.output_dir == str(run.job.out_dir / "checkpoints")
     assert (arguments.num_train_epochs, arguments.max_steps) == (2.5, -1)
+    assert arguments.ddp_timeout == 24 * 3600  # a save may take longer than the half hour of the library
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (3, 2)
     assert (arguments.learning_rate, arguments.warmup_steps, arguments.logging_steps) == (1e-3, 4, 5)
     assert (arguments.save_strategy, arguments.save_steps, arguments.save_total_limit) == ("steps", 6, 3)

@@ -24,6 +24,9 @@ ENGINE: Json = {
     "max_num_seqs": 8,
     "swap_space": 4,  # vLLM knew it once
     "max_lora_rank": 16,
+    # More than all tests together use. In an engine with adapters vLLM computes tasks without one, on the CPU, with
+    # whatever adapter its last place holds; the worker gives such tasks an engine of their own, these tests do not.
+    "max_loras": 8,
     "dtype": "float32",  # rounding is then too small to change the likeliest token
     "kv_cache_memory_bytes": 512 * 1024**2,  # 45 KiB a token: room for 11 sequences of this length
 }

@@ -257,6 +257,8 @@ def engine_key(spec: InferenceSpec, merged: str) -> str:
                 mode="json", exclude={"release_after_run", "max_lora_rank", "max_loras", "trust_remote_code"}
             ),
             "eager_by_default": "enforce_eager" not in options.model_fields_set,
+            # Never one engine for tasks with and without adapters: vLLM's code for the CPU takes "none" for the adapter
+            # in its last place.
             "lora": [options.max_lora_rank, options.max_loras] if lora else None,
             "one_gpu": any(entry.type == "lora" for entry in spec.model.adapters),
             "gpus": spec.gpu_limit,

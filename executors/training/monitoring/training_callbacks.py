@@ -42,6 +42,7 @@ _SUMMARY: Final = "train_runtime"
 """Only the line that a trainer logs at its end has this."""
 
 _SECONDS_BETWEEN_NEWS: Final = 0.5
+_SECONDS_OF_SILENCE: Final = 10.0
 
 
 def callbacks_for(run: TrainingRun) -> list[TrainerCallback]:
@@ -91,6 +92,9 @@ class _Watcher:
     def stepped(self, state: TrainerState) -> None:
         """An optimizer step is done."""
 
+    def accumulated(self, state: TrainerState) -> None:
+        """One of the batches of an optimizer step is done."""
+
     def saves(self, state: TrainerState, model: torch.nn.Module) -> None:
         """A checkpoint is about to be written."""
 
@@ -125,6 +129,10 @@ class _Events:
         for watcher in self._watchers:
             watcher.stepped(state)
         return self._before_save(state, control, others["model"])
+
+    def on_substep_end(self, _args: object, state: TrainerState, _control: object, **_others: object) -> None:
+        for watcher in self._watchers:
+            watcher.accumulated(state)
 
     def on_epoch_end(
         self,
@@ -280,6 +288,10 @@ class _ProgressNews(_Watcher):
 
     def stepped(self, state: TrainerState) -> None:
         if time.monotonic() - self._told >= _SECONDS_BETWEEN_NEWS:
+            self._tell(state)
+
+    def accumulated(self, state: TrainerState) -> None:
+        if time.monotonic() - self._told >= _SECONDS_OF_SILENCE:  # a long step must not look like a hang
             self._tell(state)
 
     def logged(self, state: TrainerState, logs: Mapping[str, object], args: TrainingArguments) -> None:

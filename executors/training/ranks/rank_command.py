@@ -12,6 +12,9 @@ from executors.training.device_plan import DevicePlan
 _MODULE: Final = "executors.training.ranks.rank_process"
 _OF_LAUNCHERS: Final = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS",
+    "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE",
 )  # fmt: skip
 """Left from whatever started the worker, these would make a single process wait for others."""
 _RANK: Final = "${local_rank}"
@@ -19,7 +22,7 @@ _RANK: Final = "${local_rank}"
 
 
 def rank_command(plan: DevicePlan, address: Path, *, cores: int) -> list[str]:
-    """Start one process directly, more by torchrun with a rendezvous of their own.
+    """Start one process directly, a group by torchrun with a rendezvous of its own.
 
     Args:
         plan: how many, and on which GPUs.
@@ -28,7 +31,7 @@ def rank_command(plan: DevicePlan, address: Path, *, cores: int) -> list[str]:
     """
     variables = [f"CUDA_VISIBLE_DEVICES={plan.cuda_visible_devices}"]
     python = [sys.executable, "-u", "-m"]
-    if plan.ranks == 1:
+    if plan.ranks == 1 and not plan.grouped:
         command = [*python, _MODULE, str(address), "0"]
     else:
         variables.append(f"OMP_NUM_THREADS={max(cores // plan.ranks, 1)}")

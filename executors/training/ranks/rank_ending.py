@@ -16,7 +16,8 @@ MARK: Final = "FLOWMESH_RANKS"
 """Variable of the environment that marks what belongs to one group of ranks."""
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _PR_GET_CHILD_SUBREAPER: Final = 37
-_GONE_WITHIN_SEC: Final = 5.0
+_GONE_WITHIN_SEC: Final = 30.0
+"""The kernel needs a while to take back large memory, and the next training wants that of the same GPUs."""
 _POLL_SEC: Final = 0.01
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import selectors
 import shutil
 import signal
@@ -44,6 +45,7 @@ _STATUS_SEC: Final = 2.0
 _END_SEC: Final = 10.0
 """How long processes may take to end by themselves when all is done."""
 _LONGEST_SOCKET_PATH: Final = 100
+"""Bytes."""
 
 
 class RanksOutOfMemoryError(ReportedFailureError):
@@ -95,7 +97,7 @@ class RankGroup:
         self._ranks = ranks
         self._job = job
         self._report = report
-        self._logs = RankLogs(log_dir, ranks)
+        self._logs = RankLogs(log_dir, ranks, job.out_dir)
         self._links: list[_Link] = []
         self._outcome: TrainingOutcome | None = None
         self._done_at = math.inf
@@ -157,8 +159,9 @@ class RankGroup:
                 return self._outcome.model_copy(update={"warnings": [*self._outcome.warnings, *self._warnings]})
             if silent:
                 raise self._lost(None, process)
+            self._logs.cut()
             if (news := self._logs.news()) is not None:
-                self._report.log("debug", news)  # whoever prints is alive, however long it loads
+                self._report.log("debug", news)  # whoever prints or writes is alive, however long it takes
 
     def _all_done(self) -> bool:
         """Whether nobody has more to say; the others get a moment after the first."""
@@ -218,8 +221,12 @@ class RankGroup:
             raise self._garbled(link, f"a greeting as rank {hello.rank} of {self._ranks}, which is not expected")
         link.rank = hello.rank
         self._report.log("debug", f"rank {hello.rank} of {self._ranks} has started, pid {hello.pid}")
-        with contextlib.suppress(OSError):  # it has ended; that is seen when its socket is read
+        try:
             link.connection.sendall(self._job.model_dump_json().encode() + b"\n")
+        except TimeoutError as error:
+            raise self._deaf(hello.rank) from error
+        except OSError:  # it has ended; that is seen when its socket is read
+            pass
 
     def _take(self, link: _Link, rank: int, message: RankMessage) -> None:
         match message:
@@ -272,6 +279,18 @@ class RankGroup:
             )
         )
 
+    def _deaf(self, rank: int) -> ReportedFailureError:
+        """What to say of a rank that has only a part of its job and would wait for the rest for ever."""
+        return ReportedFailureError(
+            Failure(
+                reason="engine_crash",
+                message=f"rank {rank} did not read its job within {_SEND_SEC:g} s",
+                hint="the worker's host may be overloaded: send the task again",
+                retryable=True,
+                log_tail=self._logs.tail(rank),
+            )
+        )
+
     def _lost(self, rank: int | None, process: subprocess.Popen[bytes]) -> ReportedFailureError:
         """What to say of a rank, or of all, that ended without a word."""
         deadline = time.monotonic() + _STATUS_SEC
@@ -306,7 +325,7 @@ def _how(status: int | None) -> str:
 def _private_folder() -> Path:
     """A new folder that nobody else may look into, with a path that is short enough for a socket."""
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
-    if len(str(folder)) <= _LONGEST_SOCKET_PATH:
+    if len(os.fsencode(folder)) <= _LONGEST_SOCKET_PATH:
         return folder
     folder.rmdir()
     return Path(tempfile.mkdtemp(prefix="ranks-", dir="/tmp"))

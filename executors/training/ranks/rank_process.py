@@ -6,6 +6,7 @@ the task's `logs/rank<N>.log`.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -36,23 +37,24 @@ def main() -> None:
     rank = int(sys.argv[2])
     channel = RankChannel(sys.argv[1], rank)
     job = channel.job()
-    _print_to(job.out_dir / "logs" / log_name(rank), f"rank {rank} of {job.ranks}, pid {os.getpid()}")
-    faulthandler.enable()
     status = 0
     try:
+        _print_to(job.out_dir / "logs" / log_name(rank), f"rank {rank} of {job.ranks}, pid {os.getpid()}")
+        faulthandler.enable()
         outcome = train(job, rank, channel)
         channel.send(RankDone(outcome=outcome if rank == 0 else None))
     except Exception as error:  # noqa: BLE001 - it becomes the task's failure; all ranks end with it
         if not isinstance(error, ExecutorError):
-            traceback.print_exc()
+            _print_traceback()
         channel.send(_failed(error, job, rank))
         if job.ranks > 1:  # torchrun might take the end of this rank for the cause, and not that of another
             channel.wait_for_launcher()
         status = 1
     else:
         _leave_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)  # the ordinary way waits for threads that libraries leave behind
 
 
@@ -91,6 +93,11 @@ def _print_to(file: Path, title: str) -> None:
         os.dup2(descriptor, number)
     os.close(descriptor)
     print(f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {title}", flush=True)  # noqa: T201 - the log's own headline
+
+
+def _print_traceback() -> None:
+    with contextlib.suppress(OSError):  # the log's disk may be full, which must not hide what happened
+        traceback.print_exc()
 
 
 def _find_gpu(job: TrainingJob) -> None:
@@ -149,7 +156,7 @@ def _leave_group() -> None:
         if ranks.is_available() and ranks.is_initialized():
             ranks.destroy_process_group()
     except Exception:  # noqa: BLE001 - it is in the log; everything is saved and said
-        traceback.print_exc()
+        _print_traceback()
 
 
 if __name__ == "__main__":

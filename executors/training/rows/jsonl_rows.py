@@ -85,7 +85,7 @@ def _lines(file: IO[bytes], name: str) -> Iterator[tuple[int, int, bytes]]:
         if len(line) > LONGEST_LINE:
             raise BadDataError(
                 f"{name}: line {number} is longer than {LONGEST_LINE} bytes; expected one JSON object on each line",
-                hint="A file that is one JSON list is no JSONL; give it as data.dataset_name.",
+                hint="A file that is one JSON list is no JSONL; give it as a data set.",
             )
         mark = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
         if line[mark:].strip():

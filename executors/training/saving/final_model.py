@@ -53,6 +53,12 @@ def save_final(run: TrainingRun, built: BuiltTrainer) -> str:
     return built.folder
 
 
+def drop_unfinished(out_dir: Path) -> None:
+    """Remove what saving has left where it was cut off: it may be as large as the model, and nobody would see it."""
+    for partial in (*out_dir.glob(".final_*.partial"), *out_dir.glob("checkpoints/.final_*.partial")):
+        _clear(partial)
+
+
 def _gather_shards(built: BuiltTrainer) -> None:
     """Let FSDP write whole weights, also where checkpoints hold a part of them for each rank."""
     accelerator = getattr(built.trainer, "accelerator", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from executors.errors import BadSpecError, MissingLibraryError
 from executors.training.spec.trainer_specs import GrpoSpec
@@ -12,6 +12,9 @@ from executors.training.trainers.trl_fields import TrlFields
 
 if TYPE_CHECKING:
     from executors.training.training_run import TrainingRun
+
+_RANKS_WAIT_SEC: Final = 24 * 3600
+"""For each other, while the first reads rows or saves. That one has died, or hangs, the launcher and the daemon see."""
 
 
 def trl_arguments(run: TrainingRun, config_type: type, **own: object) -> Any:  # noqa: ANN401 - a heavy type
@@ -60,6 +63,7 @@ def _common_arguments(run: TrainingRun) -> dict[str, Any]:
         "seed": options.seed,
         "data_seed": options.seed,
         "use_cpu": job.use_cpu,
+        "ddp_timeout": _RANKS_WAIT_SEC,
         "logging_first_step": True,
         "logging_steps": options.logging_steps,
         "logging_nan_inf_filter": False,

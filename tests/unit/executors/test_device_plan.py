@@ -115,6 +115,13 @@ def test_more_than_there_is_is_refused(fields: dict[str, object], text: str):
         plan(**fields)  # type: ignore[arg-type]
 
 
+def test_deepspeed_finds_a_group_also_where_one_process_trains():
+    """It would look for MPI otherwise."""
+    assert plan(allow_multi_gpu=False, deepspeed={"zero_optimization": {"stage": 2}}).grouped
+    assert not plan(allow_multi_gpu=False).grouped
+    assert not plan((), deepspeed={"zero_optimization": {"stage": 2}}).grouped
+
+
 def test_a_lora_uses_one_gpu_unless_the_number_of_processes_is_given():
     assert plan(kind="lora_sft").ranks == 1
     assert plan(kind="lora_sft", allow_multi_gpu=True).ranks == 1

@@ -22,6 +22,7 @@ from executors.errors import TaskCancelledError
 from executors.failure_report import ReportedFailureError, verdict_on
 from executors.training.ranks import rank_group
 from executors.training.ranks.rank_group import RankGroup, RanksOutOfMemoryError
+from executors.training.ranks.rank_logs import RankLogs
 from executors.training.training_job import TrainingJob
 
 REPO = Path(__file__).resolve().parents[3]
@@ -29,11 +30,11 @@ SPEC = {"model": {"source": {"identifier": "tiny"}}, "data": {"prompts": ["a"]}}
 
 
 class CancelsAtNews(RecordingReport):
-    """Cancels the task once it hears that a rank prints."""
+    """Cancels the task once it hears that a rank prints, or writes files."""
 
     def log(self, level: LogLevel, message: str) -> None:
         super().log(level, message)
-        if " prints: " in message:
+        if " prints: " in message or " write " in message:
             self.cancel()
 
 
@@ -62,6 +63,15 @@ def several(*scenes: str) -> Callable[[Path], Sequence[str]]:
 
 def group(scene: str, folder: Path, report: RecordingReport | None = None) -> RankGroup:
     return RankGroup(one(scene, folder), 1, job_in(folder), folder, report or RecordingReport())
+
+
+def heard_of(scene: str, folder: Path) -> list[str]:
+    """What is heard of a rank until a sign of its life."""
+    report = CancelsAtNews()
+    (folder / "logs").mkdir()
+    with pytest.raises(TaskCancelledError):
+        RankGroup(one(scene, folder), 1, job_in(folder), folder / "logs", report).run()
+    return report.logged
 
 
 def failure_of(scene: str, folder: Path) -> ReportedFailureError:
@@ -232,12 +242,52 @@ def test_who_has_said_all_and_does_not_end_is_ended(tmp_path: Path, monkeypatch:
 
 def test_who_prints_is_known_to_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("executors.training.ranks.rank_logs._NEWS_SEC", 0.0)
-    report = CancelsAtNews()
 
-    with pytest.raises(TaskCancelledError):
-        group("chatty", tmp_path, report).run()
+    assert "debug: rank 0 prints: loading" in heard_of("chatty", tmp_path)
 
-    assert "debug: rank 0 prints: loading" in report.logged
+
+def test_who_writes_is_known_to_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A save may take long, and prints nothing."""
+    monkeypatch.setattr("executors.training.ranks.rank_logs._NEWS_SEC", 0.0)
+
+    assert "debug: the ranks write files" in heard_of("writes", tmp_path)
+
+
+def test_what_others_write_is_no_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("executors.training.ranks.rank_logs._NEWS_SEC", 0.0)
+    for name in ("logs", "artifacts"):
+        (tmp_path / name).mkdir()
+    logs = RankLogs(tmp_path / "logs", 1, tmp_path)
+
+    (tmp_path / "logs" / "engine.log").write_text("a line")
+    (tmp_path / "artifacts" / "tracker.db").write_text("a row")
+
+    assert logs.news() is None
+
+
+def test_a_flood_cannot_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("executors.training.ranks.rank_logs._MOST_BYTES", 200_000)
+    (tmp_path / "rank0.log").write_text("an older line\n")
+
+    failure = failure_of("floods", tmp_path).failure
+
+    log = (tmp_path / "rank0.log").read_text()
+    assert len(log) < 200_000
+    assert log.startswith("an older line\nxxx")
+    assert "[too much was printed" in log
+    assert failure.log_tail[-1] == "the last words"
+
+
+def test_a_rank_that_does_not_read_its_job_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rank_group, "_SEND_SEC", 0.2)
+    large = job_in(tmp_path).model_copy(update={"sent_spec": {**SPEC, "data": {"prompts": ["a" * 10**7]}}})
+
+    with pytest.raises(ReportedFailureError) as caught:
+        RankGroup(one("takes_no_job", tmp_path), 1, large, tmp_path, RecordingReport()).run()
+
+    failure = caught.value.failure
+    assert (failure.reason, failure.retryable) == ("engine_crash", True)
+    assert failure.message == "rank 0 did not read its job within 0.2 s"
 
 
 def test_no_socket_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -248,8 +298,9 @@ def test_no_socket_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert not list(tmp_path.glob("ranks-*"))
 
 
-def test_a_long_temporary_folder_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    deep = tmp_path / ("d" * 120)
+@pytest.mark.parametrize("name", ["d" * 120, "\N{SNOWMAN}" * 12])
+def test_a_long_temporary_folder_is_no_obstacle(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    deep = tmp_path / name
     deep.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(deep))
 

@@ -141,7 +141,8 @@ def test_one_process_is_started_directly_and_waits_for_no_other():
 
     assert command[0] == "env"
     assert "CUDA_VISIBLE_DEVICES=" in command
-    assert ("-u", "WORLD_SIZE") in itertools.pairwise(command)
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        assert ("-u", name) in itertools.pairwise(command)
     assert not [word for word in command if word.startswith("OMP_NUM_THREADS")]
     assert command[-3:] == ["executors.training.ranks.rank_process", "/s", "0"]
 
@@ -151,6 +152,13 @@ def test_several_processes_share_the_cores_and_have_a_rendezvous_of_their_own():
 
     assert {"CUDA_VISIBLE_DEVICES=GPU-aa,GPU-bb", "OMP_NUM_THREADS=4", "127.0.0.1:0"} <= set(first)
     assert first[first.index("--rdzv-id") + 1] != second[second.index("--rdzv-id") + 1]
+
+
+def test_one_process_can_be_a_group():
+    command = rank_command(DevicePlan(1, ("GPU-aa",), "DeepSpeed", grouped=True), Path("/s"), cores=8)
+
+    assert {"torch.distributed.run", "CUDA_VISIBLE_DEVICES=GPU-aa", "OMP_NUM_THREADS=8"} <= set(command)
+    assert command[command.index("--nproc-per-node") + 1] == "1"
 
 
 def test_six_kinds_share_one_sort_of_engine():
@@ -233,6 +241,16 @@ def test_ranks_do_not_learn_where_results_go(run: Callable[..., Any], tmp_path: 
 
     assert "secret" not in (tmp_path / "logs" / "rank0.log").read_text()
     assert '"task_id": "t-1"' in (tmp_path / "logs" / "rank0.log").read_text()
+
+
+def test_half_a_model_is_not_left_behind(run: Callable[..., Any], tmp_path: Path):
+    partials = [tmp_path / ".final_model.partial", tmp_path / "checkpoints" / ".final_lora.partial"]
+
+    with pytest.raises(ReportedFailureError, match="ended by SIGKILL"):
+        run("dies_while_saving")
+
+    assert not [path for path in partials if path.exists()]
+    assert (tmp_path / "checkpoints").is_dir()
 
 
 def test_devices_are_checked_before_anything_starts(run: Callable[..., Any], tmp_path: Path):
