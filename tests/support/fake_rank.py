@@ -140,7 +140,7 @@ class FakeRank:
         self.begin()
         print("x" * 400_000, flush=True)
         self.say("progress", step=1, total=2)
-        while os.fstat(1).st_size > 300_000:
+        while "too much was printed" not in Path("/proc/self/fd/1").read_text():
             os.sched_yield()
         print("the last words", flush=True)
         self.fail("executor_error", "ValueError: no such thing")
